@@ -1,0 +1,48 @@
+"""Set-up shared by every test: the environment JAX starts in, and data."""
+
+import importlib.util
+import os
+import pathlib
+
+import pytest
+
+# Before the first `import jax` of the process. Tests run on the CPU unless the
+# caller says otherwise; the TPU names let libtpu compile ahead of time without
+# looking for a machine, and allow a second process to do so at once.
+for _name, _value in {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TF_CPP_MIN_LOG_LEVEL': '2',
+  # Figures are drawn to files; never look for a display.
+  'MPLBACKEND': 'Agg',
+}.items():
+  os.environ.setdefault(_name, _value)
+
+# A machine with an accelerator may lack hypothesis: there the tests that use
+# it skip themselves (pytest.importorskip), and the rest still runs.
+if importlib.util.find_spec('hypothesis'):
+  import hypothesis
+
+  hypothesis.settings.register_profile(
+    'repeatable',
+    derandomize=True,
+    # The first example of a shape compiles; its time says nothing.
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+  )
+  hypothesis.settings.load_profile('repeatable')
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+  """The folder of real data beside the repository; skips where absent."""
+  folder = ROOT.parent / 'shared' / 'data'
+  if not folder.is_dir():
+    pytest.skip('no folder ../shared/data beside the repository')
+  return folder
