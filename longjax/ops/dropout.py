@@ -1,0 +1,48 @@
+"""Which attention entries are dropped: a hash that every backend shares.
+
+An entry is named by (key, batch row, query head, query position, key
+position), so the same entries fall in every branch, block size and backend, in
+the forward and the backward pass, and no mask is ever stored.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt32
+
+_GOLDEN = np.uint32(0x9E3779B9)
+
+
+def seed_of(key) -> UInt32[Array, '2']:
+  """Two words from a JAX random key (typed or raw)."""
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.key_data(key)
+  words = key.reshape(-1).astype(jnp.uint32)
+  return jnp.stack([words[0], words[-1]])
+
+
+def _mix(x):
+  """MurmurHash3's 32-bit finalizer: every input bit moves every output bit."""
+  x = x ^ (x >> 16)
+  x = x * np.uint32(0x85EBCA6B)
+  x = x ^ (x >> 13)
+  x = x * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def keep_mask(
+  seed: UInt32[Array, '2'],
+  rate: float,
+  row: Int[Array, '...'],
+  head: Int[Array, '...'],
+  q_position: Int[Array, '...'],
+  k_position: Int[Array, '...'],
+) -> Bool[Array, '...']:
+  """Which entries are kept, each with probability 1 - rate; broadcasts."""
+  u32 = lambda x: jnp.asarray(x).astype(jnp.uint32)
+  query = _mix(seed[0] ^ _mix(u32(row) + _GOLDEN))
+  query = _mix(query ^ _mix(u32(head) + np.uint32(1) * _GOLDEN))
+  query = _mix(query ^ u32(q_position))
+  key = _mix(seed[1] ^ (u32(k_position) * _GOLDEN))
+  bits = _mix(query + key)
+  return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
