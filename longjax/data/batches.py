@@ -214,8 +214,10 @@ class _GrainStream:
     dataset = grain.MapDataset.source(sequences)
     if seed is not None:
       dataset = dataset.seed(seed).shuffle()
-    # Repeating reseeds the shuffle in every epoch.
-    dataset = dataset.repeat()[process_index::process_count]
+    # Repeating reseeds the shuffle in every epoch. Without a number of epochs
+    # the length is sys.maxsize, which slicing and batching overflow.
+    dataset = dataset.repeat(num_epochs=2**62 // len(sequences))
+    dataset = dataset[process_index::process_count]
     self._iterator = iter(
       dataset.batch(size).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
