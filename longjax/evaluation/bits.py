@@ -123,7 +123,9 @@ def bits_per_character(
     characters += int(scored.sum())
 
   return BitsPerCharacter(
-    bits_per_character=(total + math.log2(vocabulary)) / (characters + 1),
+    bits_per_character=float(
+      (total + math.log2(vocabulary)) / (characters + 1)
+    ),
     characters=characters + 1,
     length=length,
     stride=stride,

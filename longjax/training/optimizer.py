@@ -1,0 +1,84 @@
+"""Optimizers: AdamW and Muon, with clipping and weight-decay masks.
+
+Parameters are a flat dictionary {'blocks.0.attention.query.kernel': array}, so
+every choice by parameter is a choice by name.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+from optax import contrib
+
+OPTIMIZERS = ('adamw', 'muon')
+
+
+def is_matrix(name: str, array) -> bool:
+  """Whether Muon updates this parameter: the layers' matrices.
+
+  Embedding tables, the read-out, biases, norms and Transformer-XL's u and v are
+  vectors or tables of vectors: AdamW's.
+  """
+  return name.endswith('kernel') and array.ndim >= 2
+
+
+def is_decayed(name: str, array) -> bool:
+  """Whether weight decay applies: matrices and tables; no biases, no norms."""
+  return array.ndim >= 2 and name.endswith(('kernel', 'embedding', 'output'))
+
+
+def make_optimizer(
+  learning_rate: Callable,
+  *,
+  name: str = 'adamw',
+  weight_decay: float = 0.01,
+  clip_norm: float | None = 0.25,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+) -> optax.GradientTransformation:
+  """The optimizer of a run.
+
+  Args:
+    learning_rate: schedule, a function of the step.
+    name: 'adamw', or 'muon': orthogonalised momentum for the matrices (scaled
+      to AdamW's root mean square, so one learning rate serves both) and AdamW
+      for everything else.
+    weight_decay: times the learning rate; biases and norms are not decayed.
+    clip_norm: largest global norm of the gradient; None for no clipping.
+    b1, b2, eps: of AdamW. Muon's momentum is 0.95, its own epsilon is fixed.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  if name not in OPTIMIZERS:
+    raise ValueError(f'optimizer {name!r} is not one of {OPTIMIZERS}')
+  if name == 'adamw':
+    update = optax.adamw(
+      learning_rate,
+      b1=b1,
+      b2=b2,
+      eps=eps,
+      weight_decay=weight_decay,
+      mask=lambda params: _by_name(is_decayed, params),
+    )
+  else:
+    matrix = contrib.MuonDimensionNumbers()
+    update = contrib.muon(
+      learning_rate,
+      weight_decay=weight_decay,
+      adam_b1=b1,
+      adam_b2=b2,
+      adam_weight_decay=0.0,
+      consistent_rms=0.2,
+      muon_weight_dimension_numbers=lambda params: {
+        k: matrix if is_matrix(k, v) else None for k, v in params.items()
+      },
+    )
+  if clip_norm is None:
+    return update
+  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def _by_name(predicate, params: Mapping[str, jax.Array]) -> dict[str, bool]:
+  return {name: predicate(name, array) for name, array in params.items()}

@@ -1,0 +1,322 @@
+"""The training loop, from top to bottom."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from longjax.training import metrics as metrics_lib
+from longjax.training import stages as stages_lib
+from longjax.training.checkpoint import CheckpointError, Checkpoints
+from longjax.training.devices import DataMesh
+from longjax.training.optimizer import make_optimizer
+from longjax.training.preemption import Preempted, StopRequests
+from longjax.training.scoring import make_forward, score_test
+from longjax.training.settings import Settings, make_settings
+from longjax.training.state import make_train_step, merge_for, split
+from longjax.training.tasks import LanguageModelling
+
+
+def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
+  """Trains, or goes on training, and scores the test split.
+
+  Where the work folder holds checkpoints the run goes on from the newest that
+  can be read, and ends with the parameters, bit for bit, of a run that was
+  never interrupted. The folder gets `config.json`, `metrics.jsonl`,
+  `checkpoints/`, `tensorboard/`, `loss.png` and `result.json`.
+
+  Args:
+    config: see `longjax.training.settings.Settings`; a ConfigDict or a nested
+      dictionary.
+    workdir: folder of the run.
+
+  Returns:
+    What `result.json` holds: the test score and how it was measured.
+
+  Raises:
+    ValueError: for a setting that cannot be, before anything is computed.
+    CheckpointError: when the folder cannot be written, the disk is full, or the
+      checkpoint there is of another architecture or damaged.
+    NonFiniteError: when the loss or the gradient is no longer a number.
+    Preempted: after SIGTERM or SIGINT, once the state is saved.
+  """
+  settings = make_settings(config)
+  stages = stages_lib.make_stages(settings.stages)
+  starts = stages_lib.first_steps(stages)
+  workdir = pathlib.Path(workdir)
+  is_first = jax.process_index() == 0
+
+  # ┌─────────────────────────────────────────────────────────────────────────┐
+  # │ Devices, data, model, optimizer                                         │
+  # └─────────────────────────────────────────────────────────────────────────┘
+  mesh = DataMesh()
+  for number, stage in enumerate(stages):
+    mesh.check_divides(
+      f'stage {number} batch_size', stage.batch_size, settings.micro_batches
+    )
+  mesh.check_divides('evaluation batch_size', settings.evaluation.batch_size)
+  checkpoints = Checkpoints(
+    workdir / 'checkpoints', keep=settings.keep_checkpoints
+  )
+  task = LanguageModelling(settings)
+  # The module of every stage is made here, though only one is needed now: a
+  # mistake in the last stage should not wait for days.
+  merges = [
+    merge_for(lambda rngs, stage=stage: task.make_model(stage, rngs))
+    for stage in stages
+  ]
+  schedule = stages_lib.learning_rate_schedule(stages)
+  optimizer = make_optimizer(schedule, **dataclasses.asdict(settings.optimizer))
+  state = _initial_state(settings, task, stages[0], optimizer, mesh)
+  num_parameters = sum(p.size for p in state['params'].values())
+
+  # ┌─────────────────────────────────────────────────────────────────────────┐
+  # │ Restore                                                                 │
+  # └─────────────────────────────────────────────────────────────────────────┘
+  step, seed, data_state, counters = 0, settings.seed, None, None
+  restored = checkpoints.restore(state)
+  if restored:
+    step, state, run = restored.step, restored.state, restored.run
+    seed, counters = run['seed'], run['counters']
+    data_state = _data_state(run, step, stages)
+  if is_first:
+    (workdir / 'config.json').write_text(
+      json.dumps(dataclasses.asdict(settings), indent=2) + '\n'
+    )
+
+  # ┌─────────────────────────────────────────────────────────────────────────┐
+  # │ Reporting                                                               │
+  # └─────────────────────────────────────────────────────────────────────────┘
+  progress = metrics_lib.Progress(starts[-1], done=step, enabled=is_first)
+  say = progress.say
+  say(f'data: {task.corpus.name}, {task.corpus.description}')
+  say(
+    f'{num_parameters:,} parameters, {starts[-1]} steps in {len(stages)} '
+    f'stage(s), {mesh.num_devices} device(s): {jax.devices()[0].device_kind}'
+  )
+  if restored:
+    say(f'going on from the checkpoint of step {step}')
+  metrics = metrics_lib.Metrics(
+    workdir,
+    step,
+    tensorboard=settings.tensorboard,
+    enabled=is_first,
+    say=say,
+  )
+  meter = metrics_lib.Meter(schedule, counters)
+
+  def save():
+    checkpoints.save(
+      step,
+      state,
+      {
+        'step': step,
+        'stage': number,
+        'seed': seed,
+        'data': batches.get_state(),
+        'counters': meter.counters,
+      },
+    )
+
+  with contextlib.ExitStack() as on_exit:
+    on_exit.callback(checkpoints.close)
+    on_exit.callback(metrics.close)
+    on_exit.callback(progress.close)
+    stop = on_exit.enter_context(StopRequests())
+
+    # ┌───────────────────────────────────────────────────────────────────────┐
+    # │ Train                                                                 │
+    # └───────────────────────────────────────────────────────────────────────┘
+    for number, stage in enumerate(stages):
+      if step >= starts[number + 1]:
+        continue
+      say(_describe(number, stage, len(stages)))
+      train_step = jax.jit(
+        make_train_step(
+          task.loss,
+          merges[number],
+          optimizer,
+          seed=seed,
+          micro_batches=settings.micro_batches,
+          ema_decay=settings.ema_decay,
+        ),
+        donate_argnums=0,
+      )
+      forward = make_forward(merges[number], mesh)
+      batches = task.make_batches(stage, number)
+      if data_state is not None:
+        batches.set_state(data_state)
+        data_state = None
+
+      try:
+        meter.start()
+        while step < starts[number + 1]:
+          batch = mesh.shard(next(batches))
+          state, outputs = train_step(state, batch, np.int32(step))
+          step += 1
+          meter.dispatched(step, outputs, stage.batch_size * stage.length)
+
+          ends = step == starts[number + 1]
+          news = None
+          if ends or step % settings.log_every == 0:
+            meter.settle()
+            line = {
+              **meter.summary(),
+              'train/stage': number,
+              'train/epoch': batches.epoch,
+            }
+            metrics.write(step, line)
+            news = _news(line)
+          progress.update(news)
+          stop.check()
+
+          if _is_due(step, settings.evaluation.every):
+            meter.settle()
+            score = task.score(
+              _watched(forward, averaged(state), stop),
+              task.corpus.validation[
+                : settings.evaluation.validation_characters or None
+              ],
+            )
+            say(f'step {step}: validation {score}')
+            metrics.write(
+              step, {'validation/bits_per_character': score.bits_per_character}
+            )
+            meter.start()
+          if ends or step % settings.checkpoint_every == 0:
+            meter.settle()
+            save()
+            meter.start()
+      except Preempted as e:
+        meter.settle()
+        save()
+        say(f'{e}: step {step} is saved in {checkpoints.folder}')
+        raise
+      except metrics_lib.NonFiniteError as e:
+        good = max(checkpoints.steps(), default=None)
+        kept = (
+          'there is no checkpoint before it'
+          if good is None
+          else f'the last good checkpoint is of step {good} in '
+          f'{checkpoints.folder}'
+        )
+        raise metrics_lib.NonFiniteError(f'{e}: stopped; {kept}') from None
+
+    # ┌───────────────────────────────────────────────────────────────────────┐
+    # │ Final evaluation                                                      │
+    # └───────────────────────────────────────────────────────────────────────┘
+    progress.close()
+    forward = make_forward(merges[-1], mesh)
+    result = {
+      'step': step,
+      'parameters': num_parameters,
+      **score_test(
+        settings, task, _watched(forward, averaged(state), stop), say=say
+      ),
+    }
+    metrics.write(
+      step, {'test/bits_per_character': result['bits_per_character']}
+    )
+    if is_first:
+      (workdir / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
+      title = f'{task.corpus.name}, {num_parameters:,} parameters'
+      if not metrics_lib.plot_loss(workdir, workdir / 'loss.png', title=title):
+        say('matplotlib is not installed: no loss.png')
+    if is_first and settings.report:
+      from longjax.training.report import report
+
+      before = _initial_state(settings, task, stages[0], optimizer, mesh)
+      report(
+        settings,
+        task,
+        stages[-1],
+        lambda tokens: forward(before['params'], tokens),
+        lambda tokens: forward(averaged(state), tokens),
+        merges[-1](averaged(state)),
+        workdir,
+      )
+    return result
+
+
+def averaged(state: Mapping) -> dict:
+  """The parameters to evaluate: their moving average where there is one."""
+  return state.get('ema', state['params'])
+
+
+def _initial_state(settings: Settings, task, stage, optimizer, mesh) -> dict:
+  """The state before the first step, whole on every device."""
+
+  def make():
+    # The structure is made anew inside the trace; only arrays leave it.
+    _, params = split(task.make_model(stage, nnx.Rngs(settings.seed)))
+    state = {'params': params, 'opt_state': optimizer.init(params)}
+    if settings.ema_decay:
+      state['ema'] = jax.tree.map(lambda x: x.copy(), params)
+    return state
+
+  return jax.jit(make, out_shardings=mesh.replicated)()
+
+
+def _data_state(run: Mapping, step: int, stages) -> dict | None:
+  """Where in its data the restored stage stands; None at a stage's start.
+
+  Raises:
+    CheckpointError: when the stages of the config are no longer those the
+      checkpoint came from.
+  """
+  starts = stages_lib.first_steps(stages)
+  stage = stages_lib.stage_of(stages, step)
+  if stage == run['stage']:
+    return run['data']
+  if stage == run['stage'] + 1 and step == starts[stage]:
+    return None
+  raise CheckpointError(
+    f'the checkpoint of step {step} is in stage {run["stage"]}, but with the '
+    f'stages of this config step {step} is in stage {stage}: they were changed'
+  )
+
+
+def _watched(forward, params, stop):
+  """`forward` with these parameters, leaving when a stop is asked for."""
+
+  def logits_fn(tokens):
+    stop.check()
+    return forward(params, tokens)
+
+  return logits_fn
+
+
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _describe(number: int, stage, num_stages: int) -> str:
+  text = (
+    f'stage {number + 1}/{num_stages}: length {stage.length}, batch size '
+    f'{stage.batch_size}, learning rate {stage.learning_rate:.3g}, '
+    f'{stage.steps} steps'
+  )
+  window = stage.window_beyond_length()
+  if window:
+    text += (
+      f'; its widest window {window} exceeds the length {stage.length}: such '
+      'layers see all of the sequence before them'
+    )
+  return text
+
+
+def _news(line: Mapping) -> str:
+  memory = line['train/memory_gib']
+  return (
+    f'{line["train/bits_per_character"]:.3f} bits/char  '
+    f'{line["train/tokens_per_second"]:,.0f} chars/s  '
+    f'lr {line["train/learning_rate"]:.2e}  '
+    f'grad {line["train/gradient_norm"]:.2f}'
+    + (f'  {memory:.1f} GiB' if memory else '')
+  )
