@@ -1,0 +1,428 @@
+"""Longformer's attention on a CPU: longjax against Hugging Face, in one run.
+
+  python experiments/benchmarks/cpu_attention.py --out=cpu_attention.json
+
+The layer is q, k and v projections and two-sided sliding-window attention over
+[1, n, 12 heads, 64] in float32, 256 keys on each side: exactly what
+transformers' LongformerSelfAttention computes. Both get the same weights and
+inputs, outputs and gradients are compared first, and nothing is timed if they
+differ. Each implementation runs in a process of its own, Hugging Face's in the
+environment that `make goldens` builds; repeats take turns, so that both see
+the same machine. Peak memory is that of a fresh process for each figure,
+libraries included (they are listed too). Linux only.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+MODES = ('forward', 'forward+backward')
+HF, LONGJAX, FULL = 'Hugging Face', 'longjax', 'full attention'
+ALONE = {  # longjax without the projections: keys on each side
+  'attention alone, 64 keys': 64,
+  'attention alone, 512 keys': 512,
+}
+NARROW, WIDE = ALONE
+OUTPUT_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 1e-4  # of the largest entry of its kind
+
+
+class Worker:
+  """A benchmark process; see worker.py. Use as a context manager."""
+
+  def __init__(self, script, python=sys.executable):
+    environment = os.environ | {
+      'PYTHONPATH': str(ROOT),
+      'JAX_PLATFORMS': 'cpu',
+      'HF_HUB_OFFLINE': '1',
+    }
+    self._process = subprocess.Popen(
+      [python, str(HERE / script)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=environment,
+    )
+    self.ready = self._answer()  # versions, memory after the imports
+
+  def __call__(self, do, name='case', **spec):
+    self._process.stdin.write(
+      json.dumps({'do': do, 'name': name} | spec) + '\n'
+    )
+    self._process.stdin.flush()
+    return self._answer()
+
+  def _answer(self):
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(
+        f'{" ".join(map(str, self._process.args))} ended with exit code '
+        f'{self._process.wait()}; its error is above'
+      )
+    return json.loads(line)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._process.stdin.close()
+    self._process.wait()
+    self._process.stdout.close()
+
+
+class Benchmark:
+  """The shape of the problem, and the ways to start who computes it."""
+
+  def __init__(self, *, heads, head_dim, side, seed, hf_python):
+    self._spec = {
+      'heads': heads,
+      'head_dim': head_dim,
+      'side': side,
+      'seed': seed,
+      'attention': 'window',
+      'projections': True,
+    }
+    self._hf_python = hf_python
+
+  def start(self, who):
+    if who == HF:
+      return Worker('hf_longformer_worker.py', self._hf_python)
+    return Worker('longjax_worker.py')
+
+  def spec(self, who, length, mode):
+    spec = self._spec | {'length': length, 'mode': mode}
+    if who == FULL:
+      spec |= {'attention': 'full'}
+    if who in ALONE:
+      spec |= {'side': ALONE[who], 'projections': False}
+    return spec
+
+  def full_attention_fits(self, length):
+    """Whether logits, weights and one more such matrix fit into memory."""
+    needed = 3 * 4 * self._spec['heads'] * length**2
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return needed < free
+
+
+def compare(expected, actual):
+  """Returns {name: difference}; raises RuntimeError above the tolerances.
+
+  The difference of the output is absolute, that of a gradient relative to the
+  largest entry of its kind: hidden states, weights or biases (the gradient of
+  the keys' bias alone is 0 but for rounding).
+  """
+
+  def kind(name):
+    return name.split('.')[-1]
+
+  units = {}
+  for name, want in expected.items():
+    units[kind(name)] = max(units.get(kind(name), 0), np.abs(want).max())
+  differences = {}
+  for name, want in expected.items():
+    tolerance, unit = OUTPUT_TOLERANCE, 1.0
+    if name != 'output':
+      tolerance, unit = GRADIENT_TOLERANCE, units[kind(name)]
+    difference = float(np.abs(actual[name] - want).max() / unit)
+    if not difference <= tolerance:
+      raise RuntimeError(
+        f'{name} differs by {difference:.2g} between the implementations, '
+        f'allowed is {tolerance:.2g}: nothing was timed'
+      )
+    differences[name] = difference
+  return differences
+
+
+def check_numerics(benchmark, length):
+  """Compares output and gradients of longjax with Hugging Face's."""
+  results = {}
+  with tempfile.TemporaryDirectory() as folder:
+    for who in (HF, LONGJAX):
+      path = os.path.join(folder, f'{who}.npz')
+      with benchmark.start(who) as worker:
+        worker('setup', **benchmark.spec(who, length, 'forward+backward'))
+        worker('save', path=path)
+      with np.load(path) as file:
+        results[who] = dict(file)
+  return compare(results[HF], results[LONGJAX])
+
+
+def measure_memory(benchmark, who, length, mode):
+  """Peak bytes of a fresh process that computes two steps."""
+  with benchmark.start(who) as worker:
+    worker('setup', **benchmark.spec(who, length, mode))
+    worker('run')
+    return {
+      'who': who,
+      'length': length,
+      'mode': mode,
+      'peak_bytes': worker('memory')['peak_bytes'],
+      'after_imports_bytes': worker.ready['peak_bytes'],
+    }
+
+
+def take_turns(runs, repeats):
+  """Calls each function `repeats` times, in turns; returns their answers.
+
+  Who begins changes from turn to turn.
+  """
+  names = list(runs)
+  answers = {name: [] for name in names}
+  for turn in range(repeats):
+    first = turn % len(names)
+    for name in names[first:] + names[:first]:
+      answers[name].append(runs[name]()['seconds'])
+  return answers
+
+
+def timing(who, length, mode, seconds):
+  return {
+    'who': who,
+    'length': length,
+    'mode': mode,
+    'median_seconds': statistics.median(seconds),
+    'seconds': seconds,
+  }
+
+
+def measure_times(benchmark, lengths, repeats):
+  """Times everything, in turns; returns (timings, versions)."""
+  timings = []
+  with benchmark.start(HF) as hf, benchmark.start(LONGJAX) as own:
+    for length in lengths:
+      for mode in MODES:
+        runs = {}
+        for who in (HF, LONGJAX, FULL, *ALONE):
+          if who == FULL and not benchmark.full_attention_fits(length):
+            continue
+          worker = hf if who == HF else own
+          worker('setup', who, **benchmark.spec(who, length, mode))
+          runs[who] = lambda worker=worker, who=who: worker('run', who)
+        for who, seconds in take_turns(runs, repeats).items():
+          timings.append(timing(who, length, mode, seconds))
+          (hf if who == HF else own)('drop', who)
+    return timings, hf.ready['versions'] | own.ready['versions']
+
+
+def find(records, value, who, length, mode):
+  """The `value` of one record, or None if that case was not measured."""
+  for record in records:
+    if (record['who'], record['length'], record['mode']) == (who, length, mode):
+      return record[value]
+  return None
+
+
+def judge(record):
+  """Returns the ratios that matter, each beside what it should be."""
+  lengths = record['lengths']
+  ratios = []
+
+  def seconds(who, length, mode):
+    return find(record['timings'], 'median_seconds', who, length, mode)
+
+  def peak(who, length, mode):
+    return find(record['memory'], 'peak_bytes', who, length, mode)
+
+  def add(name, ratio, target, holds):
+    ratios.append(
+      {'name': name, 'ratio': ratio, 'target': target, 'holds': holds}
+    )
+
+  for mode, speed in zip(MODES, (4, 5), strict=True):
+    for n in lengths:
+      case = f'{mode}, n={n}'
+      ratio = seconds(HF, n, mode) / seconds(LONGJAX, n, mode)
+      name = f'time, {case}: {HF} / {LONGJAX}'
+      add(name, ratio, f'>= {speed}', ratio >= speed)
+      ratio = peak(LONGJAX, n, mode) / peak(HF, n, mode)
+      name = f'peak memory, {case}: {LONGJAX} / {HF}'
+      add(name, ratio, '<= 0.5', ratio <= 0.5)
+      ratio = seconds(NARROW, n, mode) / seconds(WIDE, n, mode)
+      add(f'time, {case}: {NARROW} / {WIDE}', ratio, '<= 0.5', ratio <= 0.5)
+    short, long = min(lengths), max(lengths)
+    if short < long:
+      # 4.6 for four times the length.
+      most = round(1.15 * long / short, 2)
+      for name, figure in (('time', seconds), ('peak memory', peak)):
+        ratio = figure(LONGJAX, long, mode) / figure(LONGJAX, short, mode)
+        name = f'{name}, {mode}: {LONGJAX} n={long} / n={short}'
+        add(name, ratio, f'<= {most}', ratio <= most)
+  return ratios
+
+
+def report(record):
+  """Returns the record as text: a table, then the ratios."""
+  columns = [(length, mode) for length in record['lengths'] for mode in MODES]
+  rows = [[''] + [f'n={length} {mode}' for length, mode in columns]]
+  for name, records, value, scale, group in (
+    (
+      'time (ms)',
+      'timings',
+      'median_seconds',
+      1e3,
+      (HF, LONGJAX, FULL, *ALONE),
+    ),
+    ('peak memory (MB)', 'memory', 'peak_bytes', 1e-6, (HF, LONGJAX, FULL)),
+  ):
+    for who in group:
+      cells = [find(record[records], value, who, *column) for column in columns]
+      rows.append(
+        [f'{who}, {name}']
+        + ['-' if cell is None else f'{scale * cell:.1f}' for cell in cells]
+      )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    f'{row[0]:<{widths[0]}}'
+    + ''.join(
+      f'  {cell:>{width}}'
+      for cell, width in zip(row[1:], widths[1:], strict=True)
+    )
+    for row in rows
+  ]
+  imports = {
+    entry['who']: entry['after_imports_bytes'] for entry in record['memory']
+  }
+  lines.append(
+    '(memory after the imports alone: '
+    + ', '.join(f'{who} {1e-6 * n:.0f} MB' for who, n in imports.items())
+    + '; "-": too large for this machine)'
+  )
+  for ratio in record['ratios']:
+    verdict = 'holds' if ratio['holds'] else 'FAILS'
+    lines.append(
+      f'{ratio["name"]}: {ratio["ratio"]:.2f} ({ratio["target"]}: {verdict})'
+    )
+  return '\n'.join(lines)
+
+
+def machine():
+  """The processor's name, and how many cores are used."""
+  name = platform.processor() or platform.machine()
+  with contextlib.suppress(OSError), open('/proc/cpuinfo') as lines:
+    for line in lines:
+      if line.startswith('model name'):
+        name = line.split(':', 1)[1].strip()
+        break
+  return name
+
+
+def commit():
+  """The commit, with '+' where tracked files differ from it."""
+
+  def git(*arguments):
+    return subprocess.run(
+      ('git', *arguments), cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+  changed = git('status', '--porcelain', '--untracked-files=no')
+  return git('rev-parse', 'HEAD') + ('+' if changed else '')
+
+
+def parse(arguments):
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--out', help='JSON file to write; none by default')
+  parser.add_argument(
+    '--hf_python',
+    type=pathlib.Path,
+    default=ROOT / '.venv-goldens' / 'bin' / 'python',
+    help='Python with torch and transformers',
+  )
+  parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 16384])
+  parser.add_argument('--side', type=int, default=256, help='keys each side')
+  parser.add_argument('--heads', type=int, default=12)
+  parser.add_argument('--head_dim', type=int, default=64)
+  parser.add_argument('--repeats', type=int, default=9)
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args(arguments)
+  if not args.hf_python.exists():
+    parser.error(
+      f'no Python with transformers at {args.hf_python}: run `make goldens`, '
+      'or give --hf_python'
+    )
+  for length in args.lengths:
+    if length % (2 * args.side):
+      parser.error(
+        f'length {length} is no multiple of {2 * args.side}, twice the keys on '
+        'each side, which is all that Hugging Face takes'
+      )
+  cores = len(os.sched_getaffinity(0))
+  if not 1 <= args.threads <= cores:
+    parser.error(f'--threads {args.threads}: this machine has {cores} cores')
+  if args.out and not pathlib.Path(args.out).resolve().parent.is_dir():
+    parser.error(f'--out {args.out}: no such folder')
+  return args
+
+
+def main(arguments=None):
+  args = parse(arguments)
+  # The workers, and the thread pools in them, inherit the cores.
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+  benchmark = Benchmark(
+    heads=args.heads,
+    head_dim=args.head_dim,
+    side=args.side,
+    seed=args.seed,
+    hf_python=args.hf_python,
+  )
+  record = {
+    'command': ' '.join(
+      ['python', 'experiments/benchmarks/cpu_attention.py', *sys.argv[1:]]
+    ),
+    'commit': commit(),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'machine': machine(),
+    'threads': args.threads,
+    'python': platform.python_version(),
+    'seed': args.seed,
+    'shape': [1, 'n', args.heads, args.head_dim],
+    'keys_each_side': args.side,
+    'lengths': args.lengths,
+    'repeats': args.repeats,
+  }
+  print(json.dumps(record, indent=2))
+  record['numerics'] = {
+    length: check_numerics(benchmark, length) for length in args.lengths
+  }
+  for length, differences in record['numerics'].items():
+    gradients = max(
+      differences[name] for name in differences.keys() - {'output'}
+    )
+    print(
+      f'n={length}: longjax and Hugging Face agree, output to '
+      f'{differences["output"]:.1e}, gradients to {gradients:.1e} of their '
+      'largest entry'
+    )
+  record['memory'] = [
+    measure_memory(benchmark, who, length, mode)
+    for who in (HF, LONGJAX, FULL)
+    for length in args.lengths
+    for mode in MODES
+    if who != FULL or benchmark.full_attention_fits(length)
+  ]
+  record['timings'], record['versions'] = measure_times(
+    benchmark, args.lengths, args.repeats
+  )
+  record['ratios'] = judge(record)
+  print(report(record))
+  if args.out:
+    pathlib.Path(args.out).write_text(json.dumps(record, indent=2) + '\n')
+    print(f'written to {args.out}')
+
+
+if __name__ == '__main__':
+  main()

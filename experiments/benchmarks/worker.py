@@ -1,0 +1,90 @@
+"""A process that holds one implementation and runs it on request.
+
+The benchmarks measure each implementation in a process of its own (another
+environment, a fresh peak of memory). Requests come as lines of JSON on standard
+input, answers leave as lines of JSON on standard output:
+
+  {"do": "setup", "name": ..., **spec}  prepares a case and warms it up
+  {"do": "run", "name": ...}            -> {"seconds": ...}
+  {"do": "save", "name": ..., "path"}   writes the results of a run as .npz
+  {"do": "drop", "name": ...}           forgets a case
+  {"do": "memory"}                      -> {"peak_bytes": ...} of the process
+
+Only the standard library and numpy, any Python from 3.11.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+
+PROJECTIONS = ('query', 'key', 'value')
+
+
+def make_inputs(length, heads, head_dim, seed):
+  """Returns (weights, hidden, cotangent), the same in every process.
+
+  Weights are in torch's layout: out = hidden @ weight.T + bias.
+  """
+  rng = np.random.default_rng(seed)
+  features = heads * head_dim
+
+  def normal(*shape, scale=1.0):
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+  weights = {}
+  for name in PROJECTIONS:
+    weights[f'{name}.weight'] = normal(features, features, scale=features**-0.5)
+    weights[f'{name}.bias'] = normal(features, scale=0.1)
+  shape = (1, length, features)
+  return weights, normal(*shape), normal(*shape)
+
+
+def peak_bytes():
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def serve(setup, versions):
+  """Answers requests until standard input ends.
+
+  Args:
+    setup: maps a spec (the setup request) to a function that runs the case to
+      its end and returns {name: array}.
+    versions: {library: version}, for the record.
+  """
+  # Whatever libraries print must not mix with the answers.
+  answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w', buffering=1)
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+  def answer(**values):
+    answers.write(json.dumps(values) + '\n')
+
+  answer(versions=versions, peak_bytes=peak_bytes())
+  cases = {}
+  for line in sys.stdin:
+    request = json.loads(line)
+    name = request.get('name')
+    if request['do'] == 'setup':
+      cases[name] = setup(request)
+      started = time.perf_counter()
+      cases[name]()
+      answer(seconds=time.perf_counter() - started)
+    elif request['do'] == 'run':
+      started = time.perf_counter()
+      cases[name]()
+      answer(seconds=time.perf_counter() - started)
+    elif request['do'] == 'save':
+      results = {k: np.asarray(v) for k, v in cases[name]().items()}
+      np.savez(request['path'], **results)
+      answer()
+    elif request['do'] == 'drop':
+      del cases[name]
+      answer()
+    elif request['do'] == 'memory':
+      answer(peak_bytes=peak_bytes())
+    else:
+      raise ValueError(f'unknown request {request}')
