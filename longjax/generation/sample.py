@@ -1,0 +1,205 @@
+"""Continuing prompts: one compiled loop over a streaming cache."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# Prompts are read in chunks: the keys that one chunk's attention holds are
+# then no more than a layer's cache and the chunk itself.
+PREFILL_CHUNK = 512
+
+
+def sample(
+  model: nnx.Module,
+  prompt_tokens,
+  num_tokens: int,
+  *,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  seed: int = 0,
+  prefill_chunk: int = PREFILL_CHUNK,
+) -> np.ndarray:
+  """Samples `num_tokens` tokens after each prompt.
+
+  A row's tokens depend on its prompt, its number and the seed, not on the
+  other rows. Compiled once per number and (rounded up) length of prompts.
+
+  Args:
+    model: a `DecoderLM`, or whatever has its `init_cache`, `vocab_size` and
+      call with `segment_ids` and `cache`.
+    prompt_tokens: whole numbers, one prompt [length], a batch [batch, length],
+      or a sequence of prompts of any lengths >= 1.
+    num_tokens: how many to add to each prompt.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: sample among the k likeliest tokens only.
+    top_p: sample among the likeliest tokens whose probabilities (after
+      `temperature` and `top_k`) first reach p.
+    seed: of the random draws.
+    prefill_chunk: how many prompt tokens are read at a time.
+
+  Returns:
+    The new tokens, int32 [num_tokens] for one prompt, else
+    [batch, num_tokens].
+
+  Raises:
+    ValueError: an empty prompt, a token outside of the vocabulary, or an
+      option out of range.
+  """
+  prompts, single = _as_prompts(prompt_tokens)
+  _check_prompts(prompts, model.vocab_size)
+  for name, value in (
+    ('num_tokens', num_tokens),
+    ('prefill_chunk', prefill_chunk),
+  ):
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}')
+  if not 0 <= temperature < float('inf'):
+    raise ValueError(f'temperature must be finite and >= 0, got {temperature}')
+  if top_k is not None and not 1 <= top_k <= model.vocab_size:
+    raise ValueError(
+      f'top_k must be in 1 ... {model.vocab_size} (the vocabulary), got {top_k}'
+    )
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ValueError(f'top_p must be in (0, 1], got {top_p}')
+
+  longest = max(map(len, prompts))
+  chunk = min(prefill_chunk, longest)
+  padded = -(-longest // chunk) * chunk
+  tokens = np.zeros((len(prompts), padded), np.int32)
+  segment_ids = np.full_like(tokens, -1)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+    segment_ids[row, : len(prompt)] = 0
+  graphdef, state = nnx.split(model)
+  new_tokens = _generate(
+    graphdef,
+    state,
+    tokens,
+    segment_ids,
+    model.init_cache(len(prompts), max_length=longest + num_tokens),
+    jax.random.key(seed),
+    jnp.float32(temperature),
+    jnp.float32(1 if top_p is None else top_p),
+    greedy=temperature == 0,
+    top_k=top_k,
+    num_tokens=num_tokens,
+    chunk=chunk,
+  )
+  new_tokens = np.asarray(new_tokens)
+  return new_tokens[0] if single else new_tokens
+
+
+def choose(logits, key, temperature, top_p, *, greedy=False, top_k=None):
+  """Draws one token per row of logits [batch, vocabulary].
+
+  Every row has random numbers of its own, fold_in(key, row).
+  """
+  if greedy:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  order = jnp.argsort(-logits, axis=-1)
+  logits = jnp.take_along_axis(logits, order, axis=-1) / temperature
+  if top_k is not None:
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < top_k, logits, -jnp.inf)
+  p = jax.nn.softmax(logits)
+  # Probability of all likelier tokens: the first one is always kept.
+  before = jnp.cumsum(p, axis=-1) - p
+  logits = jnp.where((before < top_p) | (before == 0), logits, -jnp.inf)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    key, jnp.arange(logits.shape[0])
+  )
+  rank = jax.vmap(jax.random.categorical)(keys, logits)
+  chosen = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+  return chosen.astype(jnp.int32)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnums=0,
+  static_argnames=('greedy', 'top_k', 'num_tokens', 'chunk'),
+)
+def _generate(
+  graphdef,
+  state,
+  tokens,
+  segment_ids,
+  cache,
+  key,
+  temperature,
+  top_p,
+  *,
+  greedy,
+  top_k,
+  num_tokens,
+  chunk,
+):
+  """Prefill in chunks, then decode: int32 [batch, num_tokens]."""
+  model = nnx.merge(graphdef, state)
+  batch = tokens.shape[0]
+
+  def prefill(carry, inputs):
+    cache, last = carry
+    tokens, segment_ids = inputs
+    logits, cache = model(tokens, segment_ids=segment_ids, cache=cache)
+    count = (segment_ids >= 0).sum(axis=1)  # prompts are padded on the right
+    ends = logits[jnp.arange(batch), jnp.maximum(count - 1, 0)]
+    return (cache, jnp.where(count[:, None] > 0, ends, last)), None
+
+  def decode(carry, step):
+    cache, logits = carry
+    token = choose(
+      logits,
+      jax.random.fold_in(key, step),
+      temperature,
+      top_p,
+      greedy=greedy,
+      top_k=top_k,
+    )
+    logits, cache = model(token[:, None], cache=cache)
+    return (cache, logits[:, 0]), token
+
+  chunks = tuple(
+    x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, segment_ids)
+  )
+  logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
+  carry, _ = jax.lax.scan(prefill, (cache, logits), chunks)
+  _, new_tokens = jax.lax.scan(decode, carry, jnp.arange(num_tokens))
+  return new_tokens.T
+
+
+def _as_prompts(prompt_tokens) -> tuple[list[np.ndarray], bool]:
+  """([tokens of each prompt], whether one prompt was given alone)."""
+  if isinstance(prompt_tokens, str | bytes):
+    raise ValueError(
+      f'prompt_tokens must be whole numbers, got {prompt_tokens!r}: encode it '
+      'first'
+    )
+  if isinstance(prompt_tokens, Sequence):
+    single = all(np.ndim(entry) == 0 for entry in prompt_tokens)
+  else:
+    single = np.ndim(prompt_tokens) < 2
+  rows = [prompt_tokens] if single else prompt_tokens
+  return [np.atleast_1d(np.asarray(row)) for row in rows], single
+
+
+def _check_prompts(prompts: list[np.ndarray], vocab_size: int):
+  if not prompts:
+    raise ValueError('prompt_tokens has no prompts: at least one is needed')
+  for row, prompt in enumerate(prompts):
+    if not prompt.size:
+      raise ValueError(f'prompt {row} is empty: at least one token is needed')
+    if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+      raise ValueError(
+        f'prompt {row} must be whole numbers [length], got {prompt.dtype} '
+        f'of shape {prompt.shape}'
+      )
+    outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
+    if outside.size:
+      raise ValueError(
+        f'prompt {row} has token {outside[0]}, outside of the vocabulary '
+        f'0 ... {vocab_size - 1}'
+      )

@@ -1,0 +1,5 @@
+"""Models: stacks of `longjax.nn` layers."""
+
+from longjax.models.decoder import DecoderLM, char_lm_large, char_lm_small
+
+__all__ = ['DecoderLM', 'char_lm_large', 'char_lm_small']

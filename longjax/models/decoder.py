@@ -1,0 +1,457 @@
+"""A decoder language model whose layers each have a pattern of their own."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longjax.nn.attention import TRANSFORMER_XL
+from longjax.nn.cache import Cache, layout
+from longjax.nn.embedding import (
+  RelativeEmbedding,
+  check_rate,
+  dropout,
+  fold_in,
+  relative_embedding,
+  token_positions,
+)
+from longjax.nn.transformer import Block, make_norm
+from longjax.patterns import Pattern
+from longjax.positions import sinusoidal
+
+ABSOLUTE_POSITIONS = ('sinusoidal', 'learned')
+INIT_STD = 0.02  # of all weights
+
+
+class DecoderLM(nnx.Module):
+  """Embedding, pre-norm blocks, a linear read-out over the vocabulary.
+
+  Parameters do not depend on `patterns`: a module built with other windows
+  takes the same parameters (`nnx.merge(nnx.split(other)[0], params)`).
+  """
+
+  def __init__(
+    self,
+    vocab_size: int,
+    num_layers: int,
+    features: int,
+    num_heads: int,
+    *,
+    patterns: Pattern | Sequence[Pattern],
+    position='rope',
+    max_positions: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    mlp_features: int | None = None,
+    mlp: str = 'gelu',
+    norm: str = 'layer',
+    norm_scale_std: float = 0.0,
+    final_norm: bool = True,
+    qk_norm: bool = False,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    tie_embedding: bool = True,
+    scale_embedding: bool = False,
+    output_bias: bool = False,
+    logit_soft_cap: float | None = None,
+    zero_init_outputs: bool = False,
+    dropout_rate: float = 0.0,
+    attention_dropout_rate: float = 0.0,
+    remat: bool = False,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    implementation: str | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Weights start as N(0, 0.02), biases as 0.
+
+    Args:
+      vocab_size, num_layers, features, num_heads: sizes.
+      patterns: one causal pattern for all layers, or one per layer.
+      position: 'rope', 'xpos', 'alibi', 'transformer_xl', a scheme such as
+        longjax.RoPE(base=1e6), None, or a sequence of these, one per layer;
+        or 'sinusoidal' or 'learned', added to the token embeddings. The biases
+        u and v of Transformer-XL are shared by its layers.
+      max_positions: length of the table, for 'learned' only.
+      num_kv_heads: for grouped queries; num_heads by default.
+      head_dim: features // num_heads by default.
+      mlp_features: hidden size of the MLP; 4 * features by default, which for
+        the gated kinds is half as many parameters again.
+      mlp: 'gelu' (exact), 'relu2', 'swiglu' or 'geglu'.
+      norm: 'layer' or 'rms'.
+      norm_scale_std: norm scales start as N(1, norm_scale_std).
+      final_norm: a norm after the last block.
+      qk_norm: an RMS norm of queries and keys over head_dim.
+      attention_bias, mlp_bias, output_bias: biases of the projections of
+        attention, of the MLP, and of the logits.
+      tie_embedding: the read-out is the embedding table transposed.
+      scale_embedding: multiply embeddings by sqrt(features).
+      logit_soft_cap: logits become cap * tanh(logits / cap).
+      zero_init_outputs: each block starts as the identity.
+      dropout_rate: as in Transformer-XL on embeddings, on relative position
+        embeddings, after the output projection of attention, after the
+        activation and the output of the MLP, and on the final hidden state.
+      attention_dropout_rate: on the attention weights.
+      remat: recompute each block in the backward pass instead of storing it.
+      dtype: of the activations; norms and logits are float32.
+      param_dtype: of the parameters.
+      implementation: passed to `longjax.attention`.
+      rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: for patterns or positions of another count than num_layers, a
+        pattern that is not causal, names that do not exist, or sizes that do
+        not fit.
+    """
+    for name, value in (
+      ('vocab_size', vocab_size),
+      ('num_layers', num_layers),
+      ('features', features),
+      ('num_heads', num_heads),
+    ):
+      if value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}')
+    check_rate('dropout_rate', dropout_rate)
+    if (max_positions is not None) != (
+      isinstance(position, str) and position == 'learned'
+    ):
+      raise ValueError(
+        "max_positions is needed by position 'learned' and by no other; got "
+        f'position={position!r} with max_positions={max_positions}'
+      )
+    self.vocab_size = vocab_size
+    self.num_heads = num_heads
+    self.features = features
+    self.patterns = _per_layer('patterns', patterns, num_layers)
+    for layer, pattern in enumerate(self.patterns):
+      if not isinstance(pattern, Pattern):
+        raise ValueError(
+          f'layer {layer}: {pattern!r} is no pattern such as '
+          'longjax.SlidingWindow(64)'
+        )
+      if not pattern.causal:
+        raise ValueError(
+          f'layer {layer} has {pattern}, which is not causal: a decoder would '
+          'see the tokens that it predicts'
+        )
+    self.absolute = None
+    if isinstance(position, str) and position in ABSOLUTE_POSITIONS:
+      self.absolute, position = position, None
+    layer_positions = _per_layer('position', position, num_layers)
+    self.max_positions = max_positions
+    self.scale_embedding = scale_embedding
+    self.logit_soft_cap = logit_soft_cap
+    self.dropout_rate = dropout_rate
+    self.remat = remat
+    self.dtype = jnp.dtype(dtype)
+
+    init = nnx.initializers.normal(INIT_STD)
+    self.embedding = nnx.Embed(
+      vocab_size,
+      features,
+      embedding_init=init,
+      dtype=self.dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    if self.absolute == 'learned':
+      self.position_embedding = nnx.Embed(
+        max_positions,
+        features,
+        embedding_init=init,
+        dtype=self.dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+      )
+    self.layers = nnx.List(
+      Block(
+        features,
+        num_heads,
+        pattern=layer_pattern,
+        position=layer_position,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp_features=mlp_features,
+        norm=norm,
+        norm_scale_std=norm_scale_std,
+        mlp=mlp,
+        qk_norm=qk_norm,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        dropout_rate=dropout_rate,
+        attention_dropout_rate=attention_dropout_rate,
+        kernel_init=init,
+        output_init=nnx.initializers.zeros if zero_init_outputs else init,
+        dtype=self.dtype,
+        param_dtype=param_dtype,
+        implementation=implementation,
+        rngs=rngs,
+      )
+      for layer_pattern, layer_position in zip(
+        self.patterns, layer_positions, strict=True
+      )
+    )
+    # The patterns of the layers that have Transformer-XL positions.
+    self.relative_patterns = tuple(
+      block.attention.pattern
+      for block in self.layers
+      if block.attention.position == TRANSFORMER_XL
+    )
+
+    def make_final_norm():
+      return make_norm(
+        norm,
+        features,
+        scale_std=norm_scale_std,
+        param_dtype=param_dtype,
+        rngs=rngs,
+      )
+
+    def parameter(init, *shape):
+      return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+    self.final_norm = make_final_norm() if final_norm else None
+    self.output = (
+      None if tie_embedding else parameter(init, vocab_size, features)
+    )
+    self.output_bias = (
+      parameter(nnx.initializers.zeros, vocab_size) if output_bias else None
+    )
+    if self.relative_patterns:
+      heads = (num_heads, self.layers[0].attention.head_dim)
+      self.content_bias = parameter(init, *heads)
+      self.position_bias = parameter(init, *heads)
+
+  def __call__(
+    self,
+    tokens,
+    *,
+    segment_ids=None,
+    positions=0,
+    dropout_key=None,
+    cache: Cache | None = None,
+  ):
+    """Logits of the token after each of `tokens`.
+
+    Args:
+      tokens: int [batch, length]; a token outside of the vocabulary gives NaN.
+      segment_ids: int [batch, length]. Tokens of equal id see each other, those
+        of negative id are padding. With a cache each row is one text, and only
+        the sign counts.
+      positions: of the first token, an int or int [batch]. With a cache leave
+        it 0: the cache counts.
+      dropout_key: turns dropout on.
+      cache: from `init_cache` or an earlier call, which then is a chunk of any
+        length.
+
+    Returns:
+      float32 [batch, length, vocab_size]; with a cache (that, new cache).
+      Logits at padding mean nothing.
+
+    Raises:
+      ValueError: if the cache ends before the tokens do; inside `jax.jit`,
+        where that cannot be seen, the rows concerned become NaN.
+    """
+    if tokens.ndim != 2 or not tokens.shape[1]:
+      raise ValueError(
+        f'tokens must have shape [batch, length >= 1], got {tokens.shape}'
+      )
+    if cache is not None:
+      return self._stream(tokens, segment_ids, positions, dropout_key, cache)
+    if jnp.ndim(positions) > 1:
+      raise ValueError(
+        'positions must be that of the first token, an int or int [batch], '
+        f'got shape {jnp.shape(positions)}'
+      )
+    length = tokens.shape[1]
+    each = None
+    if self.absolute:
+      self._check_positions(length, positions)
+      each = token_positions(positions, length, segment_ids)
+    relative = None
+    if self.relative_patterns:
+      relative = self._relative(length - 1, self.dtype)
+      embeddings = dropout(
+        relative.embeddings,
+        self.dropout_rate,
+        fold_in(dropout_key, len(self.layers)),
+      )
+      relative = dataclasses.replace(relative, embeddings=embeddings)
+    x = self._embed(tokens, segment_ids, each, dropout_key)
+    for layer, block in enumerate(self.layers):
+      run = functools.partial(
+        block,
+        relative=relative,
+        segment_ids=segment_ids,
+        positions=positions,
+        dropout_key=fold_in(dropout_key, layer),
+      )
+      x = (jax.checkpoint(run) if self.remat else run)(x)
+    return self._logits(x, dropout_key)
+
+  def _stream(self, tokens, segment_ids, positions, dropout_key, cache):
+    """`__call__` with a cache."""
+    if dropout_key is not None:
+      raise ValueError('dropout_key cannot be given with a cache')
+    if not isinstance(positions, int) or positions:
+      raise ValueError(
+        f'positions cannot be given with a cache, which counts; got {positions}'
+      )
+    valid = jnp.ones(tokens.shape, bool)
+    if segment_ids is not None:
+      valid = segment_ids >= 0
+    positions, lengths = cache.next_positions(valid)
+    relative = None
+    if self.relative_patterns:
+      # The embeddings lie in the cache, already projected.
+      relative = RelativeEmbedding(
+        self.content_bias[...], self.position_bias[...], None, 0, 0
+      )
+    x = self._embed(tokens, segment_ids, jnp.maximum(positions, 0), None)
+    layers = []
+    for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+      x, layer_cache = block(
+        x, relative=relative, positions=positions, cache=layer_cache
+      )
+      layers.append(layer_cache)
+    logits = self._logits(x, None)
+    overflowed = cache.overflowed(lengths)[:, None, None]
+    logits = jnp.where(overflowed, jnp.nan, logits)
+    return logits, Cache(tuple(layers), lengths, cache.limit)
+
+  def init_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
+    """An empty cache; `longjax.nn.cache` says how large it is.
+
+    For Transformer-XL positions it holds projected embeddings, so it belongs
+    to the present parameters.
+
+    Args:
+      batch_size: rows.
+      max_length: how many positions each layer keeps at most. Needed if some
+        layer's pattern has no bound, such as Full.
+
+    Raises:
+      ValueError: if a layer needs `max_length`.
+    """
+    if self.max_positions is not None:
+      max_length = min(max_length or self.max_positions, self.max_positions)
+    layouts = [layout(p, self.num_heads, max_length) for p in self.patterns]
+    limits = [limit for *_, limit in layouts if limit is not None]
+    limit = min(limits + [self.max_positions or math.inf])
+    relative = None
+    if self.relative_patterns:
+      span = max(pattern.reach()[0] for pattern in self.relative_patterns)
+      relative = self._relative(int(min(span, limit - 1)), self.dtype)
+    layers = tuple(
+      block.attention.init_cache(batch_size, max_length, relative)
+      for block in self.layers
+    )
+    return Cache(
+      layers,
+      lengths=jnp.zeros(batch_size, jnp.int32),
+      limit=None if limit == math.inf else limit,
+    )
+
+  def _check_positions(self, length, positions):
+    """'learned' has a last position; refuse where lengths are known."""
+    first = positions if isinstance(positions, int) else 0
+    if self.max_positions is not None and first + length > self.max_positions:
+      raise ValueError(
+        f'{first + length} positions are needed, but the learned table has '
+        f'max_positions={self.max_positions}'
+      )
+
+  def _relative(self, span, dtype):
+    return relative_embedding(
+      self.content_bias[...],
+      self.position_bias[...],
+      self.relative_patterns,
+      self.num_heads,
+      self.features,
+      span,
+      dtype,
+    )
+
+  def _embed(self, tokens, segment_ids, positions, dropout_key):
+    if segment_ids is not None:
+      # Padding may be any number, also one outside of the vocabulary.
+      tokens = jnp.where(segment_ids >= 0, tokens, 0)
+    x = self.embedding(tokens)
+    if self.scale_embedding:
+      x = x * math.sqrt(self.features)
+    if self.absolute == 'sinusoidal':
+      x = x + sinusoidal(positions, self.features).astype(x.dtype)
+    elif self.absolute == 'learned':
+      x = x + self.position_embedding(positions)
+    key = fold_in(dropout_key, len(self.layers) + 1)
+    return dropout(x, self.dropout_rate, key)
+
+  def _logits(self, x, dropout_key):
+    if self.final_norm is not None:
+      x = self.final_norm(x).astype(self.dtype)
+    key = fold_in(dropout_key, len(self.layers) + 2)
+    x = dropout(x, self.dropout_rate, key)
+    table = self.embedding.embedding if self.output is None else self.output
+    logits = jnp.einsum(
+      'btf,vf->btv',
+      x,
+      table[...].astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    if self.output_bias is not None:
+      logits = logits + self.output_bias[...].astype(jnp.float32)
+    if self.logit_soft_cap is not None:
+      logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
+    return logits
+
+
+def _per_layer(name, value, num_layers) -> tuple:
+  """One value for all layers, or one per layer, as a tuple."""
+  if not isinstance(value, Sequence) or isinstance(value, str):
+    return (value,) * num_layers
+  if len(value) != num_layers:
+    raise ValueError(
+      f'{name} has {len(value)} entries for num_layers={num_layers}: give one '
+      'for all layers, or one per layer'
+    )
+  return tuple(value)
+
+
+def char_lm_small(**overrides) -> dict:
+  """Keywords of Longformer's small character LM: 41,055,232 parameters.
+
+  Longformer's appendix B gives 12 layers, 8 heads, width 512, pre-norm, GELU,
+  dropout 0.2 and Transformer-XL positions; the rest is Transformer-XL's
+  character model: MLP of 2048 with biases, no biases in attention, no norm
+  after the last block, tied embedding of 204 symbols scaled by sqrt(512).
+
+  `patterns` and `rngs` are left to the caller:
+  `DecoderLM(**char_lm_small(patterns=...), rngs=nnx.Rngs(0))`.
+  """
+  return {
+    'vocab_size': 204,
+    'num_layers': 12,
+    'features': 512,
+    'num_heads': 8,
+    'mlp_features': 2048,
+    'position': 'transformer_xl',
+    'norm': 'layer',
+    'norm_scale_std': INIT_STD,
+    'final_norm': False,
+    'mlp': 'gelu',
+    'mlp_bias': True,
+    'attention_bias': False,
+    'tie_embedding': True,
+    'scale_embedding': True,
+    'dropout_rate': 0.2,
+    **overrides,
+  }
+
+
+def char_lm_large(**overrides) -> dict:
+  """Keywords of the large one: 30 layers, dropout 0.4, 102,479,872."""
+  return char_lm_small(**{'num_layers': 30, 'dropout_rate': 0.4, **overrides})

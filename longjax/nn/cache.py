@@ -1,0 +1,204 @@
+"""Key-value caches for streaming: as large as what a pattern can still see.
+
+A `LayerCache` keeps un-rotated keys and their values in a fixed number of
+slots per row, each with the absolute position it holds (-1: empty). The first
+`start` positions have slots of their own and are kept for ever (the start keys
+of `Lambda`); all later ones share a ring in which a key is overwritten by the
+one that follows it `ring` positions later. Attention is told the positions, so
+the order of the slots does not matter.
+
+| pattern | start slots | ring slots |
+|---|---|---|
+| SlidingWindow(left, dilation=d) | 0 | left * max(d) + 1 |
+| Lambda(window, start) | start | window |
+| Dilated(segment_lengths, ...) | 0 | max(segment_lengths) |
+| Full, SelfExtend, an unbounded window | 0 | `max_length` |
+
+With `max_length` no layer keeps more slots than that. A cache in which some
+layer was cut short that way (always so for the last row of the table) ends
+after `max_length` positions; any other goes on for ever.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from longjax.patterns import Pattern
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['keys', 'values', 'positions', 'relative'],
+  meta_fields=['start'],
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """The cache of one attention layer.
+
+  Attributes:
+    keys, values: [batch, slots, kv_heads, head_dim].
+    positions: int32 [batch, slots], absolute; -1 where a slot is empty.
+    relative: the layer's projected Transformer-XL embeddings
+      [distances, heads, head_dim], so that a step need not project them
+      again; None for other position schemes.
+    start: how many of the slots belong to the first positions.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  positions: jax.Array
+  relative: jax.Array | None
+  start: int
+
+  def append(self, keys, values, positions) -> 'LayerCache':
+    """Writes a chunk [batch, T, ...]; tokens at negative positions are not."""
+    batch, slots = self.positions.shape
+    ring = slots - self.start
+    newest = jnp.max(positions, axis=1, keepdims=True)
+    kept = positions >= 0
+    if ring:
+      in_ring = self.start + (positions - self.start) % ring
+      slot = jnp.where(positions < self.start, positions, in_ring)
+      # Of a chunk longer than the ring only the end stays: without this, two
+      # tokens would be written to one slot, in no particular order.
+      kept &= (positions < self.start) | (positions > newest - ring)
+    else:
+      slot = positions
+    slot = jnp.where(kept, slot, slots)  # out of bounds: dropped
+    rows = jnp.arange(batch)[:, None]
+
+    def write(old, new):
+      return old.at[rows, slot].set(new.astype(old.dtype), mode='drop')
+
+    return dataclasses.replace(
+      self,
+      keys=write(self.keys, keys),
+      values=write(self.values, values),
+      positions=write(self.positions, positions),
+    )
+
+  def extend(self, keys, values, positions):
+    """Appends a chunk; also returns what its queries attend to.
+
+    Args:
+      keys, values: [batch, T, kv_heads, head_dim].
+      positions: int32 [batch, T], negative for padding.
+
+    Returns:
+      (new cache, keys [batch, S, ...], values, positions [batch, S]).
+    """
+    after = self.append(keys, values, positions)
+    if positions.shape[1] == 1:
+      # A single query no longer sees what its own key overwrites.
+      return after, after.keys, after.values, after.positions
+    return (
+      after,
+      jnp.concatenate([self.keys, keys.astype(self.keys.dtype)], 1),
+      jnp.concatenate([self.values, values.astype(self.values.dtype)], 1),
+      jnp.concatenate([self.positions, positions], 1),
+    )
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['layers', 'lengths'],
+  meta_fields=['limit'],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """The cache of a decoder.
+
+  Attributes:
+    layers: one `LayerCache` per layer.
+    lengths: int32 [batch], how many tokens each row has seen.
+    limit: how many tokens a row may have; None for no limit.
+  """
+
+  layers: tuple[LayerCache, ...]
+  lengths: jax.Array
+  limit: int | None
+
+  def next_positions(self, valid):
+    """Positions of a chunk's tokens and the lengths after it.
+
+    Args:
+      valid: bool [batch, T], False for padding, which may stand anywhere.
+
+    Returns:
+      (positions int32 [batch, T], -1 for padding; lengths int32 [batch]).
+
+    Raises:
+      ValueError: past `limit`. Inside `jax.jit`, where lengths are not known,
+        the caller has to mark such rows (`overflowed`).
+    """
+    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    positions = jnp.where(valid, self.lengths[:, None] + count - 1, -1)
+    lengths = self.lengths + count[:, -1]
+    if self.limit is not None and not isinstance(lengths, jax.core.Tracer):
+      if (longest := int(lengths.max())) > self.limit:
+        raise ValueError(
+          f'the cache holds max_length={self.limit} positions, but a row now '
+          f'has {longest}: call init_cache with a larger max_length'
+        )
+    return positions, lengths
+
+  def overflowed(self, lengths):
+    """bool [batch]: rows of a length that the cache cannot serve."""
+    if self.limit is None:
+      return jnp.zeros_like(lengths, bool)
+    return lengths > self.limit
+
+
+def layout(
+  pattern: Pattern, num_heads: int, max_length: int | None = None
+) -> tuple[int, int, int | None]:
+  """Slots for one layer: (start, ring, limit); see the module's table.
+
+  Raises:
+    ValueError: for a pattern that keeps every key, without `max_length`, and
+      for one that is not causal.
+  """
+  if not pattern.causal:
+    raise ValueError(f'{pattern} is not causal: it cannot be streamed')
+  if max_length is not None and max_length < 1:
+    raise ValueError(f'max_length must be at least 1, got {max_length}')
+  start = max(
+    (b.start for b in pattern.branches(num_heads) if b.start != math.inf),
+    default=0,
+  )
+  ring = pattern.reach()[0] + 1
+  if max_length is not None and start + ring > max_length:
+    start = min(start, max_length)
+    return start, max_length - start, max_length
+  if ring == math.inf:
+    raise ValueError(
+      f'{pattern} sees every earlier key: init_cache needs max_length, the '
+      'number of positions to keep'
+    )
+  return start, int(ring), None
+
+
+def init_layer_cache(
+  pattern: Pattern,
+  *,
+  batch_size: int,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int,
+  max_length: int | None = None,
+  relative: jax.Array | None = None,
+  dtype=jnp.float32,
+) -> LayerCache:
+  """An empty cache for one layer."""
+  start, ring, _ = layout(pattern, num_heads, max_length)
+  shape = (batch_size, start + ring, num_kv_heads, head_dim)
+  return LayerCache(
+    keys=jnp.zeros(shape, dtype),
+    values=jnp.zeros(shape, dtype),
+    positions=jnp.full(shape[:2], -1, jnp.int32),
+    relative=relative,
+    start=start,
+  )

@@ -1,0 +1,111 @@
+"""Token and position embeddings, and the dropout that is applied to them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from longjax.ops.coordinates import locate
+from longjax.patterns import TRUE_DISTANCE, Pattern
+from longjax.positions import sinusoidal
+
+
+def fold_in(key, site: int):
+  """The dropout key of one site (a layer, a sub-layer); None stays None."""
+  return None if key is None else jax.random.fold_in(key, site)
+
+
+def dropout(x, rate: float, key, site: int = 0):
+  """Zeroes entries with probability `rate` and scales the rest by 1/(1-rate).
+
+  Without a key (evaluation) or at rate 0, `x` itself.
+  """
+  if key is None or not rate:
+    return x
+  kept = jax.random.bernoulli(fold_in(key, site), 1 - rate, x.shape)
+  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def check_rate(name: str, rate: float):
+  if not 0 <= rate < 1:
+    raise ValueError(f'{name} must be in [0, 1), got {rate}')
+
+
+def token_positions(first, length: int, segment_ids=None):
+  """Position of each token in its own segment, int32 [batch or 1, length].
+
+  As `longjax.attention` counts them: from the first token of the segment.
+  Padding gets 0.
+
+  Args:
+    first: absolute position of the first token, an int or int [batch].
+    length: how many tokens.
+    segment_ids: int [batch, length], or None for one segment.
+  """
+  segments = None if segment_ids is None else (segment_ids, segment_ids)
+  located = locate(length, length, first, first, segments)
+  return jnp.maximum(located.q_pos, 0)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['content_bias', 'position_bias', 'embeddings'],
+  meta_fields=['min_distance', 'span'],
+)
+@dataclasses.dataclass(frozen=True)
+class RelativeEmbedding:
+  """What all layers share of Transformer-XL's relative positions.
+
+  Attributes:
+    content_bias, position_bias: u and v [heads, head_dim], added to the query
+      where it meets the key and where it meets the position.
+    embeddings: [distances, features] of distances min_distance and up.
+    min_distance: distance of the first row.
+    span: the largest true distance that can occur.
+  """
+
+  content_bias: jax.Array
+  position_bias: jax.Array
+  embeddings: jax.Array
+  min_distance: int
+  span: int
+
+  def rows(self, first: int, last: int):
+    """Embeddings of the distances first ... last [last - first + 1, F]."""
+    start = first - self.min_distance
+    return self.embeddings[start : last - self.min_distance + 1]
+
+
+def distances(pattern: Pattern, num_heads: int, span: int) -> tuple[int, int]:
+  """Smallest and largest distance that a pattern tells the position scheme.
+
+  Args:
+    pattern: who sees whom.
+    num_heads: how many heads there are.
+    span: the largest true distance that can occur (length - 1).
+  """
+  left, right = (int(min(side, span)) for side in pattern.reach())
+  # A capped or grouped distance may be one more than any true distance seen:
+  # Lambda tells `window`, of which only window - 1 lie inside its reach.
+  branches = pattern.branches(num_heads)
+  told = any(branch.distance != TRUE_DISTANCE for branch in branches)
+  return -right, left + told
+
+
+def relative_embedding(
+  content_bias,
+  position_bias,
+  patterns,
+  num_heads: int,
+  features: int,
+  span: int,
+  dtype=jnp.float32,
+) -> RelativeEmbedding:
+  """The sinusoids of every distance that some of `patterns` tells."""
+  bounds = [distances(pattern, num_heads, span) for pattern in patterns]
+  first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+  embeddings = sinusoidal(jnp.arange(first, last + 1), features)
+  return RelativeEmbedding(
+    content_bias, position_bias, embeddings.astype(dtype), first, span
+  )
