@@ -9,7 +9,7 @@ export ALLOW_MULTIPLE_LIBTPU_LOAD ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 PYTHON := .venv/bin/python
-INSTALL := sh tools/venv.sh 3.12 .venv --constraint constraints.txt --editable
+INSTALL := sh tools/venv.sh '3.12 3.13' .venv --constraint constraints.txt --editable
 # An environment is made again when one of these changes.
 MADE_FROM := setup.py pyproject.toml constraints.txt tools/venv.sh
 

@@ -15,6 +15,7 @@ LINUX = 'sys_platform == "linux" and platform_machine == "x86_64"'
 
 DATA = [
   'grain>=0.2.12',
+  'importlib_resources',  # which tensorflow-datasets uses and does not name
   'pooch>=1.8',
   'tensorflow-datasets>=4.9.9',
   'tokenizers>=0.20',
@@ -51,7 +52,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'data': DATA,
     # The downloads of tensorflow-datasets' own catalogue use TensorFlow.
-    'tfds': [*DATA, 'importlib_resources', 'tensorflow-cpu>=2.20'],
+    'tfds': [*DATA, 'tensorflow-cpu>=2.20'],
     'notebooks': ['ipykernel', 'nbconvert'],
     'test': [
       'beartype',

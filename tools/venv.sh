@@ -2,13 +2,13 @@
 # Makes a virtual environment and installs into it, on a machine that may have
 # nothing but a python3 with pip:
 #
-#   sh tools/venv.sh PYTHON_VERSION FOLDER ARGUMENTS_OF_UV_PIP_INSTALL...
+#   sh tools/venv.sh PYTHON_VERSIONS FOLDER ARGUMENTS_OF_UV_PIP_INSTALL...
 #
-# uv and then a Python of that version (3.12, say) are used where they are
-# found and fetched where they are not; uv goes to .uv/ in the current folder,
-# so nothing outside it changes.
+# uv and a Python of one of the versions ('3.12 3.13', say; the first found) are
+# used where they are and fetched where they are not. uv then goes to .uv/ in
+# the current folder, and Python to uv's own.
 set -eu
-version=$1
+versions=$1
 venv=$2
 shift 2
 
@@ -29,9 +29,12 @@ else
 fi
 
 if ! works "$venv/bin/python"; then
-  python=$version # uv looks further, and fetches it if need be
-  for candidate in "python$version" \
-    "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python; do
+  python=${versions%% *} # uv looks further, and fetches it if need be
+  # On PATH (where pyenv's may be switched off), and where pyenv keeps them.
+  for candidate in $(for version in $versions; do
+    echo "python$version" \
+      "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python
+  done); do
     if works "$candidate"; then
       python=$candidate
       break
