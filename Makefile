@@ -27,7 +27,7 @@ help:
 setup: .venv/.made-test
 
 demo: .venv/.made-demo
-	$(PYTHON) experiments/main.py --config=configs/demo.py --workdir=runs/demo
+	$(PYTHON) -m experiments.main --config=configs/demo.py --workdir=runs/demo
 
 test: lint
 	$(PYTHON) -m pytest
