@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from absl import logging
 from orbax import checkpoint as orbax
+
+from longjax.training.metrics import say
 
 
 class CheckpointError(RuntimeError):
@@ -69,7 +70,7 @@ class Checkpoints:
     *,
     keep: int = 2,
     read_only: bool = False,
-    say: Callable[[str], None] = logging.warning,
+    say: Callable[[str], None] = say,
   ):
     self.folder = pathlib.Path(folder).absolute()
     self._say = say
@@ -78,9 +79,11 @@ class Checkpoints:
     self._manager = orbax.CheckpointManager(
       self.folder,
       options=orbax.CheckpointManagerOptions(
-        max_to_keep=keep,
-        enable_async_checkpointing=False,
+        max_to_keep=None if read_only else keep,
+        create=not read_only,
         read_only=read_only,
+        # A run waits for its checkpoint, so that a full disk is known at once.
+        enable_async_checkpointing=False,
       ),
     )
 

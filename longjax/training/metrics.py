@@ -15,6 +15,11 @@ class NonFiniteError(RuntimeError):
   """The loss or the gradient became NaN or infinite; the message is a line."""
 
 
+def say(line: str) -> None:
+  """A line for whoever watches the run, on stderr."""
+  print(line, file=sys.stderr, flush=True)
+
+
 class Metrics:
   """Writes metrics to `metrics.jsonl` and, where installed, to TensorBoard.
 
@@ -31,7 +36,7 @@ class Metrics:
   """
 
   def __init__(
-    self, workdir, step: int, *, tensorboard=True, enabled=True, say=print
+    self, workdir, step: int, *, tensorboard=True, enabled=True, say=say
   ):
     self._file = self._board = None
     if not enabled:
@@ -218,7 +223,7 @@ class Progress:
     if self._bar is not None:
       self._bar.write(line, file=sys.stderr)
     else:
-      print(line, file=sys.stderr, flush=True)
+      say(line)
 
   def close(self) -> None:
     if self._bar is not None:

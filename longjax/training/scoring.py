@@ -7,13 +7,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
-from absl import logging
 from flax import nnx
 
 from longjax.training.checkpoint import CheckpointError, Checkpoints
 from longjax.training.devices import DataMesh
-from longjax.training.metrics import track
+from longjax.training.metrics import say, track
 from longjax.training.settings import Settings, make_settings
 from longjax.training.stages import make_stages
 from longjax.training.state import split
@@ -104,7 +102,7 @@ def evaluate(
     trained.settings,
     trained.task,
     lambda tokens: forward(params, tokens),
-    say=logging.info,
+    say=say,
   )
   return {'step': trained.step, **result}
 
@@ -131,15 +129,14 @@ def continue_prompt(settings: Settings, task, model) -> tuple[bytes, bytes]:
     )
   tokens = generation.sample(
     model,
-    np.asarray(prompt, np.int32)[None],
+    prompt,
     wanted.num_tokens,
     temperature=wanted.temperature,
     top_k=wanted.top_k or None,
     top_p=wanted.top_p if wanted.top_p < 1 else None,
     seed=wanted.seed,
   )
-  continuation = np.asarray(tokens)[0, -wanted.num_tokens :]
-  return wanted.prompt.encode(), task.corpus.decode(continuation)
+  return wanted.prompt.encode(), task.corpus.decode(tokens)
 
 
 def make_forward(merge: Callable, mesh: DataMesh) -> Callable:

@@ -155,10 +155,13 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
         data_state = None
 
       try:
-        meter.start()
+        compiled = None
         while step < starts[number + 1]:
           batch = mesh.shard(next(batches))
-          state, outputs = train_step(state, batch, np.int32(step))
+          if not compiled:
+            compiled = train_step.lower(state, batch, np.int32(step)).compile()
+            meter.start()
+          state, outputs = compiled(state, batch, np.int32(step))
           step += 1
           meter.dispatched(step, outputs, stage.batch_size * stage.length)
 

@@ -1,0 +1,1 @@
+"""Experiments as data: one file per result, each with its command."""

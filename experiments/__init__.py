@@ -1,0 +1,1 @@
+"""The main program and what uses the library from outside."""

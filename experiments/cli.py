@@ -1,0 +1,41 @@
+"""What `main.py` needs to answer a user's mistake with one line."""
+
+import dataclasses
+import re
+import sys
+
+from absl import flags
+
+from longjax.training.settings import nearest
+from longjax.training.stages import Stage
+
+
+def parse_flags(argv):
+  """Parses absl's flags; a misspelt key of the config names the nearest one."""
+  try:
+    rest = flags.FLAGS(argv)
+    for name in ('config', 'workdir'):
+      if flags.FLAGS[name].value is None:
+        raise flags.IllegalFlagValueError(f'--{name} is missing')
+    return rest
+  except (KeyError, AttributeError) as e:
+    # ml_collections finds the nearest key, but not among the keys of a stage.
+    text = str(e).replace('\\', '')
+    key = re.search(r"'(\w+)'", text)[1]
+    meant = re.search(r'mean "(\w+)"', text)
+    known = [field.name for field in dataclasses.fields(Stage)]
+    hint = f'did you mean {meant[1]!r}?' if meant else nearest(key, known)
+    fail(2, f'unknown key {key!r} in the config: {hint}')
+  except (flags.Error, IndexError, TypeError, ValueError, OSError) as e:
+    fail(2, str(e))
+
+
+def fail(exit_code: int, message: str):
+  """Ends with one line on stderr; with --debug the error is raised on.
+
+  To be called where an exception is handled.
+  """
+  if '--debug' in sys.argv:
+    raise
+  print('error: ' + ' '.join(message.split()), file=sys.stderr)
+  sys.exit(exit_code)

@@ -1,0 +1,83 @@
+"""The main program: trains, evaluates or samples from what a config describes.
+
+  python -m experiments.main --config=configs/demo.py --workdir=runs/demo
+  python -m experiments.main --config=configs/demo.py --workdir=runs/demo \
+    --mode=evaluate
+  python -m experiments.main --config=configs/demo.py --workdir=runs/demo \
+    --mode=sample --prompt='def '
+
+A setting is changed by its name, --config.evaluation.stride=256, also within a
+stage, --config.stages[0].steps=100. Run again with the same --workdir, training
+goes on from the newest checkpoint. Results go to stdout, progress to stderr.
+
+Exit code: 0 when done; 2 for a mistake on the command line or in the config; 1
+for anything else, in one line unless --debug; 143 after SIGTERM, 130 after
+Ctrl-C, with the state saved.
+"""
+
+import json
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments import cli
+from longjax import training
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'File of the config, with its argument after a colon.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ['train', 'evaluate', 'sample'], 'What to do.'
+)
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint', '', "Evaluate or sample this one, not the workdir's newest."
+)
+_PROMPT = flags.DEFINE_string('prompt', None, 'Text that a sample continues.')
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
+
+# Errors whose text is written for the user of this program.
+_EXPECTED = (
+  ValueError,
+  OSError,
+  ImportError,
+  NotImplementedError,
+  training.CheckpointError,
+  training.NonFiniteError,
+)
+
+
+def main(argv):
+  if argv[1:]:
+    raise app.UsageError(f'unknown argument {argv[1]!r}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.ERROR)  # orbax logs every file it opens
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  if _MODE.value == 'train':
+    result = training.train_and_evaluate(config, workdir)
+  elif _MODE.value == 'evaluate':
+    result = training.evaluate(config, workdir, _CHECKPOINT.value)
+  else:
+    if _PROMPT.value is not None:
+      config.sampling.prompt = _PROMPT.value
+    prompt, continuation = training.sample(config, workdir, _CHECKPOINT.value)
+    print((prompt + continuation).decode(errors='replace'))
+    return
+  print(json.dumps(result, indent=2))
+
+
+def _main(argv):
+  try:
+    main(argv)
+  except training.Preempted as e:
+    print(e, file=sys.stderr)
+    sys.exit(e.exit_code)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except _EXPECTED as e:
+    cli.fail(1, str(e))
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=cli.parse_flags)
