@@ -54,18 +54,17 @@ class Vocabulary:
         `source`.
     """
     raw = text.encode() if isinstance(text, str) else text
-    values = np.frombuffer(raw, np.uint8)
-    if self.table.min() < 0:
-      outside = (self.table < 0)[values]
-      if outside.any():
-        offset = int(outside.argmax())
-        allowed = bytes(np.flatnonzero(self.table >= 0).astype(np.uint8))
-        raise ValueError(
-          f'symbol {bytes(values[offset : offset + 1])!r} at byte offset'
-          f' {offset} of {source} is outside the vocabulary {self.name!r},'
-          f' which holds {allowed.decode("latin-1")!r}'
-        )
-    return self.table.astype(self.dtype)[values]
+    allowed = np.flatnonzero(self.table >= 0).astype(np.uint8).tobytes()
+    if outside := raw.translate(None, delete=allowed)[:1]:
+      raise ValueError(
+        f'symbol {outside!r} at byte offset {raw.index(outside)} of {source} is'
+        f' outside the vocabulary {self.name!r}, which holds'
+        f' {allowed.decode("latin-1")!r}'
+      )
+    table = self.table.astype(self.dtype)
+    if self.dtype == np.uint8:  # indexing would make 8-byte indices first
+      return np.frombuffer(raw.translate(table.tobytes()), np.uint8)
+    return table[np.frombuffer(raw, np.uint8)]
 
   def decode(self, tokens) -> bytes:
     """The bytes of `tokens`, an integer array [length].
@@ -89,8 +88,7 @@ def build(name: str, train: bytes) -> Vocabulary:
     values = np.frombuffer(b' abcdefghijklmnopqrstuvwxyz', np.uint8)
     return Vocabulary(name, _positions(values, outside=-1), values)
   if name == COMPACT:
-    counts = np.bincount(np.frombuffer(train, np.uint8), minlength=256)
-    values = np.flatnonzero(counts).astype(np.uint8)
+    values = np.array([v for v in range(256) if v in train], np.uint8)
     unknown = np.frombuffer(UNKNOWN_BYTE, np.uint8)
     table = _positions(values, outside=len(values))
     return Vocabulary(name, table, np.concatenate([values, unknown]))
