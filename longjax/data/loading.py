@@ -36,7 +36,8 @@ def load(
   from there afterwards; so are a path's enwik8 or text8 and python_source
   when `data_dir` is given. Only the full enwik8 and text8 get their standard
   90M/5M/5M split; the description of anything else says that its figures are
-  not comparable with published ones.
+  not comparable with published ones. Where several processes share a
+  `data_dir`, prepare it once before starting them.
 
   Args:
     name: one of 'enwik8', 'text8', 'python_source', 'text', 'pg19'.
