@@ -1,0 +1,299 @@
+"""Views of the sequence in which a branch's keys are a plain interval.
+
+A view turns [B, H, T, ...] queries and [B, K, S, ...] keys into rows with the
+axes [B, C, K, R, rows, ...] and [B, C, K, rows, ...] of `band`, and results
+back. Dilation and LongNet's thinning are views, never masks: no work is spent
+on pairs that the stride leaves out.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+class Identity:
+  """All rows as they are."""
+
+  # Whether told distances change by one stride from row to row.
+  affine = True
+
+  def __init__(
+    self,
+    num_queries: int,
+    num_keys: int,
+    kv_heads: int,
+    group: int,
+    offsets: tuple = (None, None),
+  ):
+    self.num_rows, self.num_columns = num_queries, num_keys
+    self.kv_heads, self.group = kv_heads, group
+    # By how many positions the first query is after the first key.
+    q_offset, k_offset = (0 if o is None else o for o in offsets)
+    self.shift = q_offset - k_offset
+
+  def queries(self, x):
+    """[B, H, T, ...] -> [B, C, K, R, rows, ...]."""
+    return self._grouped(x[:, None])
+
+  def keys(self, x):
+    """[B, K, S, ...] -> [B, C, K, rows, ...]."""
+    return x[:, None]
+
+  def restore(self, y, fill):
+    """[B, C, K, R, rows, ...] -> [B, H, T, ...]; `fill` for rows left out."""
+    del fill
+    return y.reshape(y.shape[0], self.kv_heads * self.group, *y.shape[4:])
+
+  def query_values(self, x, fill):
+    """Integers [b, T] of the queries -> [b, c, k, r, rows]."""
+    del fill
+    return x[:, None, None, None]
+
+  def key_values(self, x, fill):
+    """Integers [b, S] of the keys -> [b, c, k, r, rows]."""
+    del fill
+    return x[:, None, None, None]
+
+  def first_row(self, slot):
+    """The first row that holds key `slot` (in [0, S]) or a later one."""
+    return slot
+
+  def last_row(self, slot):
+    """The last row that holds key `slot` (in [-1, S - 1]) or an earlier one."""
+    return slot
+
+  def _grouped(self, x):
+    return x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:])
+
+
+class Classes(Identity):
+  """Residue classes of a stride: T rows become `stride` classes of T / stride.
+
+  A query's class is its slot modulo the stride; keys are shifted by `lead`
+  empty slots so that theirs agree.
+  """
+
+  def __init__(self, num_queries, num_keys, kv_heads, group, stride, offsets):
+    super().__init__(num_queries, num_keys, kv_heads, group, offsets)
+    self.stride = stride
+    self._lead, room = -self.shift % stride, num_keys
+    if not isinstance(self._lead, int):
+      room = num_keys + stride - 1
+    self.shift = (self.shift + self._lead) // stride
+    self._slots = num_queries
+    self._room = -(-room // stride) * stride
+    self.num_rows = -(-num_queries // stride)
+    self.num_columns = self._room // stride
+
+  def queries(self, x):
+    return self._grouped(self._split_queries(x, 0))
+
+  def keys(self, x):
+    return self._split_keys(x, 0)
+
+  def restore(self, y, fill):
+    y = y.reshape(*y.shape[:2], self.kv_heads * self.group, *y.shape[4:])
+    y = jnp.moveaxis(y, 1, 3)
+    y = y.reshape(*y.shape[:2], self.num_rows * self.stride, *y.shape[4:])
+    return y[:, :, : self._slots]
+
+  def query_values(self, x, fill):
+    return self._split_queries(x[:, None], fill)[:, :, :, None]
+
+  def key_values(self, x, fill):
+    return self._split_keys(x[:, None], fill)[:, :, :, None]
+
+  def first_row(self, slot):
+    return (slot + self._lead) // self.stride
+
+  last_row = first_row
+
+  def _split_queries(self, x, fill):
+    missing = self.num_rows * self.stride - x.shape[2]
+    widths = [(0, 0)] * x.ndim
+    widths[2] = (0, missing)
+    return self._classes(jnp.pad(x, widths, constant_values=fill))
+
+  def _split_keys(self, x, fill):
+    if isinstance(self._lead, int):
+      widths = [(0, 0)] * x.ndim
+      widths[2] = (self._lead, self._room - self._lead - x.shape[2])
+      return self._classes(jnp.pad(x, widths, constant_values=fill))
+    room = jnp.full((*x.shape[:2], self._room, *x.shape[3:]), fill, x.dtype)
+    return self._classes(
+      jax.lax.dynamic_update_slice_in_dim(room, x, self._lead, 2)
+    )
+
+  def _classes(self, x):
+    """[B, H, rows * stride, ...] -> [B, stride, H, rows, ...]."""
+    x = x.reshape(*x.shape[:2], -1, self.stride, *x.shape[3:])
+    return jnp.moveaxis(x, 3, 1)
+
+
+@jax.custom_vjp
+def take_rows(x, index, inverse):
+  """x[:, h, index[h]] with zeros where the index is -1.
+
+  Args:
+    x: [B, H, T, ...].
+    index: [H or 1, M] rows of x, each at most once, or -1.
+    inverse: [H or 1, T] where in `index` each row of x is, or -1.
+
+  The gradient is the same operation with index and inverse exchanged, so that
+  there is no scatter.
+  """
+  return _take(x, index)
+
+
+def _take(x, index, fill=0):
+  extra = (1,) * (x.ndim - 3)
+  index = index.reshape(1, *index.shape, *extra)
+  # Index axes of size 1 broadcast: a row of x is moved as a whole.
+  y = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=2)
+  return jnp.where(index < 0, jnp.asarray(fill, x.dtype), y)
+
+
+def _take_forward(x, index, inverse):
+  return _take(x, index), (index, inverse)
+
+
+def _take_backward(residuals, dy):
+  index, inverse = residuals
+  return _take(dy, inverse), None, None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
+class Taken(Identity):
+  """Rows taken by index, per head; keys and queries each have their own.
+
+  Subclasses set the [H or 1, M] and [H or 1, T] arrays; None means all rows.
+  """
+
+  query_index: Int[Array, 'H M'] | None = None
+  query_inverse: Int[Array, 'H T'] | None = None
+  key_index: Int[Array, 'H M']
+  key_inverse: Int[Array, 'H S']
+
+  def queries(self, x):
+    if self.query_index is not None:
+      x = take_rows(x, self.query_index, self.query_inverse)
+    return super().queries(x)
+
+  def keys(self, x):
+    return take_rows(x, self.key_index, self.key_inverse)[:, None]
+
+  def restore(self, y, fill):
+    y = super().restore(y, fill)
+    if self.query_index is None:
+      return y
+    return _take(y, self.query_inverse, fill)
+
+  def query_values(self, x, fill):
+    if self.query_index is None:
+      return super().query_values(x, fill)
+    return self._values(x, self.query_index, fill)
+
+  def key_values(self, x, fill):
+    return self._values(x, self.key_index, fill)
+
+  def _values(self, x, index, fill):
+    x = jnp.broadcast_to(x[:, None], (x.shape[0], len(index), x.shape[1]))
+    return _take(x, index, fill)[:, None, :, None]
+
+
+class Thinned(Taken):
+  """LongNet's rows: of each segment those with (u mod ratio) == offset[head].
+
+  Rows are numbered by segment, ceil(segment / ratio) in each whatever the
+  head; a head whose offset leaves it one fewer has an empty row at the end.
+  Each query head has kv rows of its own.
+  """
+
+  def __init__(
+    self, num_queries, num_keys, segment, ratio, head_offsets, offsets
+  ):
+    self._segment, self._ratio = segment, ratio
+    self._per_segment = -(-segment // ratio)
+    q_offset, k_offset = (0 if o is None else o for o in offsets)
+    head = np.asarray(head_offsets, np.int32)[:, None]
+    self.query_index, self.query_inverse = self._index(
+      q_offset, num_queries, head
+    )
+    self.key_index, self.key_inverse = self._index(k_offset, num_keys, head)
+    self._k_offset = k_offset
+    super().__init__(
+      self.query_index.shape[1],
+      self.key_index.shape[1],
+      len(head_offsets),
+      1,
+    )
+    self.shift = self._number(q_offset) - self._number(k_offset)
+
+  def first_row(self, slot):
+    first = self._number(self._k_offset)
+    return self._number(self._k_offset + slot) - first
+
+  last_row = first_row
+
+  def _number(self, position):
+    """The row that holds `position` in the head that keeps it."""
+    within = position % self._segment // self._ratio
+    return position // self._segment * self._per_segment + within
+
+  def _index(self, offset, length, head):
+    if isinstance(offset, int):
+      count = self._number(offset + length - 1) - self._number(offset) + 1
+    else:
+      # Whatever the offset: one row more for every segment border.
+      count = (length - 1) // self._ratio + (length - 1) // self._segment + 3
+    xp = np if isinstance(offset, int) else jnp
+    number = self._number(offset) + xp.arange(count)
+    within = number % self._per_segment * self._ratio + head
+    slot = number // self._per_segment * self._segment + within - offset
+    valid = (within < self._segment) & (slot >= 0) & (slot < length)
+    index = xp.where(valid, slot, -1)
+    position = offset + xp.arange(length)
+    kept = position % self._segment % self._ratio == head
+    inverse = xp.where(kept, self._number(position) - self._number(offset), -1)
+    return jnp.asarray(index, jnp.int32), jnp.asarray(inverse, jnp.int32)
+
+
+class Compact(Taken):
+  """The selected rows, moved together in order: for packed documents.
+
+  How many there are depends on the data, so there is room for all of them;
+  the walk over blocks visits only those that there are.
+  """
+
+  affine = False
+
+  def __init__(self, queries, keys, num_queries, kv_heads, group):
+    """`queries` [H, T] (or None for all) and `keys` [H or 1, S] are masks."""
+    self.key_index, self.key_inverse = self._index(keys)
+    if queries is not None:
+      self.query_index, self.query_inverse = self._index(queries)
+    counts = jnp.cumsum(keys, axis=1)
+    # before[h, s]: how many selected keys lie before slot s.
+    self._before = jnp.pad(counts, ((0, 0), (1, 0)))
+    super().__init__(num_queries, keys.shape[1], kv_heads, group)
+
+  def first_row(self, slot):
+    before = self._before[None, None, :, None]
+    shape = jnp.broadcast_shapes(before.shape[:-1], slot.shape[:-1])
+    slot = jnp.broadcast_to(slot, (*shape, slot.shape[-1]))
+    before = jnp.broadcast_to(before, (*shape, before.shape[-1]))
+    return jnp.take_along_axis(before, slot, axis=-1)
+
+  def last_row(self, slot):
+    return self.first_row(slot + 1) - 1
+
+  @staticmethod
+  def _index(selected):
+    order = jnp.argsort(~selected, axis=1, stable=True)
+    count = selected.sum(axis=1, keepdims=True)
+    index = jnp.where(jnp.arange(selected.shape[1]) < count, order, -1)
+    inverse = jnp.where(selected, jnp.cumsum(selected, axis=1) - 1, -1)
+    return index.astype(jnp.int32), inverse.astype(jnp.int32)
