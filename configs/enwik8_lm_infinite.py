@@ -9,14 +9,14 @@ times as long: what the paper is about, at the scale of a character model.
   python -m experiments.main --config=configs/enwik8_lm_infinite.py \
     --workdir=runs/enwik8_lm_infinite
 
-| argument   | what                                    | test bits/char         |
-|------------|-----------------------------------------|------------------------|
-| (none)     | 12 layers of 512, RoPE; trained at      | none published; not    |
-|            | length 2048 = L, G = 16 first keys,     | run by us              |
-|            | evaluated at 8192                       |                        |
-| budget     | about 10 minutes of one Hopper GPU:     | none published; not    |
-|            | L 1024, bf16, Muon, evaluated at 4096   | run by us              |
-| ,runlocal  | a minute on two cores, on python_source | a test, not a result   |
+| argument  | what                                    | test bits/char         |
+|-----------|-----------------------------------------|------------------------|
+| (none)    | 12 layers of 512, RoPE; trained at      | none published; not    |
+|           | length 2048 = L, G = 16 first keys,     | run by us              |
+|           | evaluated at 8192                       |                        |
+| budget    | about 10 minutes of one Hopper GPU:     | none published; not    |
+|           | L 1024, bf16, Muon, evaluated at 4096   | run by us              |
+| ,runlocal | a minute on two cores, on python_source | a test, not a result   |
 """
 
 from configs import common

@@ -7,16 +7,16 @@ Paper: https://arxiv.org/abs/2004.05150, section 4 and Table 12 (appendix B).
   python -m experiments.main --config=configs/enwik8_longformer.py:large \
     --workdir=runs/enwik8_longformer_large
 
-| argument   | what                                    | test bits/char         |
-|------------|-----------------------------------------|------------------------|
-| small      | 12 layers, 41M parameters, dropout 0.2  | paper: 1.00; not run   |
-|            |                                         | by us (16 days on 4    |
-|            |                                         | RTX 8000 in the paper) |
-| large      | 30 layers, 102M, dropout 0.4            | paper: 0.99; not run   |
-|            |                                         | by us (13 days on 8)   |
-| budget     | our own recipe for about 10 minutes of  | none expected; not run |
-|            | one Hopper GPU: RoPE, bf16, Muon        | by us                  |
-| ,runlocal  | a minute on two cores, on python_source | a test, not a result   |
+| argument  | what                                    | test bits/char         |
+|-----------|-----------------------------------------|------------------------|
+| small     | 12 layers, 41M parameters, dropout 0.2  | paper: 1.00; not run   |
+|           |                                         | by us (16 days on 4    |
+|           |                                         | RTX 8000 in the paper) |
+| large     | 30 layers, 102M, dropout 0.4            | paper: 0.99; not run   |
+|           |                                         | by us (13 days on 8)   |
+| budget    | our own recipe for about 10 minutes of  | none expected; not run |
+|           | one Hopper GPU: RoPE, bf16, Muon        | by us                  |
+| ,runlocal | a minute on two cores, on python_source | a test, not a result   |
 
 Training goes through five phases; each doubles windows and sequence length and
 halves the learning rate. What the paper leaves unsaid, and what is done here:

@@ -7,14 +7,14 @@ this is Longformer's small model with LongNet's attention in its place.
   python -m experiments.main --config=configs/enwik8_longnet.py \
     --workdir=runs/enwik8_longnet
 
-| argument   | what                                    | test bits/char         |
-|------------|-----------------------------------------|------------------------|
-| (none)     | 12 layers of 512, RoPE; segments of     | none published; not    |
-|            | 2048 to 16,384 with ratios 1, 2, 4, 6   | run by us              |
-|            | at length 16,384, as in section 4.2     |                        |
-| budget     | about 10 minutes of one Hopper GPU:     | none published; not    |
-|            | segments of 512 to 4096, bf16, Muon     | run by us              |
-| ,runlocal  | a minute on two cores, on python_source | a test, not a result   |
+| argument  | what                                    | test bits/char         |
+|-----------|-----------------------------------------|------------------------|
+| (none)    | 12 layers of 512, RoPE; segments of     | none published; not    |
+|           | 2048 to 16,384 with ratios 1, 2, 4, 6   | run by us              |
+|           | at length 16,384, as in section 4.2     |                        |
+| budget    | about 10 minutes of one Hopper GPU:     | none published; not    |
+|           | segments of 512 to 4096, bf16, Muon     | run by us              |
+| ,runlocal | a minute on two cores, on python_source | a test, not a result   |
 
 The paper's own model (12 layers of 768, AdamW with betas 0.9 and 0.98, learning
 rate 6e-4 with 750 steps of warm-up, weight decay 0.01, gradients clipped at

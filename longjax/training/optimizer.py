@@ -13,18 +13,18 @@ from optax import contrib
 OPTIMIZERS = ('adamw', 'muon')
 
 
-def is_matrix(name: str, array) -> bool:
+def is_matrix(name: str) -> bool:
   """Whether Muon updates this parameter: the layers' matrices.
 
   Embedding tables, the read-out, biases, norms and Transformer-XL's u and v are
   vectors or tables of vectors: AdamW's.
   """
-  return name.endswith('kernel') and array.ndim >= 2
+  return name.endswith('kernel')
 
 
-def is_decayed(name: str, array) -> bool:
+def is_decayed(name: str) -> bool:
   """Whether weight decay applies: matrices and tables; no biases, no norms."""
-  return array.ndim >= 2 and name.endswith(('kernel', 'embedding', 'output'))
+  return name.endswith(('kernel', 'embedding', 'output'))
 
 
 def make_optimizer(
@@ -53,27 +53,24 @@ def make_optimizer(
   """
   if name not in OPTIMIZERS:
     raise ValueError(f'optimizer {name!r} is not one of {OPTIMIZERS}')
-  if name == 'adamw':
-    update = optax.adamw(
-      learning_rate,
-      b1=b1,
-      b2=b2,
-      eps=eps,
-      weight_decay=weight_decay,
-      mask=lambda params: _by_name(is_decayed, params),
-    )
-  else:
-    matrix = contrib.MuonDimensionNumbers()
-    update = contrib.muon(
-      learning_rate,
-      weight_decay=weight_decay,
-      adam_b1=b1,
-      adam_b2=b2,
-      adam_weight_decay=0.0,
-      consistent_rms=0.2,
-      muon_weight_dimension_numbers=lambda params: {
-        k: matrix if is_matrix(k, v) else None for k, v in params.items()
+  update = optax.adamw(
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=lambda params: _by_name(is_decayed, params),
+  )
+  if name == 'muon':
+    # optax's own fallback for what is no matrix is Adam with Nesterov momentum.
+    update = optax.partition(
+      {
+        True: contrib.muon(
+          learning_rate, weight_decay=weight_decay, consistent_rms=0.2
+        ),
+        False: update,
       },
+      lambda params: _by_name(is_matrix, params),
     )
   if clip_norm is None:
     return update
@@ -81,4 +78,4 @@ def make_optimizer(
 
 
 def _by_name(predicate, params: Mapping[str, jax.Array]) -> dict[str, bool]:
-  return {name: predicate(name, array) for name, array in params.items()}
+  return {name: predicate(name) for name in params}
