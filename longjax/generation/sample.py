@@ -47,8 +47,8 @@ def sample(
     [batch, num_tokens].
 
   Raises:
-    ValueError: an empty prompt, a token outside of the vocabulary, or an
-      option out of range.
+    ValueError: an empty prompt, a token outside of the vocabulary, an option
+      out of range, or more tokens than the model has (learned) positions.
   """
   prompts, single = _as_prompts(prompt_tokens)
   _check_prompts(prompts, model.vocab_size)
@@ -68,6 +68,14 @@ def sample(
     raise ValueError(f'top_p must be in (0, 1], got {top_p}')
 
   longest = max(map(len, prompts))
+  cache = model.init_cache(len(prompts), max_length=longest + num_tokens)
+  # The last new token needs no position: it is not read any more.
+  positions = longest + num_tokens - 1
+  if cache.limit is not None and positions > cache.limit:
+    raise ValueError(
+      f'{longest} prompt tokens and {num_tokens} new ones need {positions} '
+      f'positions, but the model has no more than {cache.limit}'
+    )
   chunk = min(prefill_chunk, longest)
   padded = -(-longest // chunk) * chunk
   tokens = np.zeros((len(prompts), padded), np.int32)
@@ -81,7 +89,7 @@ def sample(
     state,
     tokens,
     segment_ids,
-    model.init_cache(len(prompts), max_length=longest + num_tokens),
+    cache,
     jax.random.key(seed),
     jnp.float32(temperature),
     jnp.float32(1 if top_p is None else top_p),
