@@ -66,11 +66,13 @@ def test_rows_depend_on_seed_and_row_not_on_neighbours():
   assert ((out >= 0) & (out < VOCABULARY)).all()
 
 
-def test_one_prompt_gives_one_row_also_with_full_attention():
-  model = make(Full())
+def test_one_prompt_gives_one_row_as_far_as_positions_go():
+  model = make(Full(), position='learned', max_positions=8)
   for prompt in ([1, 2, 3], (1, 2, 3), np.asarray([1, 2, 3]), jnp.arange(3)):
-    out = sample(model, prompt, 5, top_k=2)
-    assert out.shape == (5,) and ((out >= 0) & (out < VOCABULARY)).all()
+    out = sample(model, prompt, 6, top_k=2)
+    assert out.shape == (6,) and ((out >= 0) & (out < VOCABULARY)).all()
+  with pytest.raises(ValueError, match='3 .* and 7 .* need 9 .* than 8'):
+    sample(model, prompt, 7)
 
 
 def frequencies(logits, count=4000, temperature=1.0, top_p=1.0, **kwargs):
@@ -138,10 +140,3 @@ def test_top_k_keeps_exactly_k_of_equals():
 def test_errors(prompt, kwargs, message):
   with pytest.raises(ValueError, match=message):
     sample(MODEL, prompt, **{'num_tokens': 3, **kwargs})
-
-
-def test_learned_positions_end():
-  model = make(position='learned', max_positions=8)
-  assert sample(model, [1, 2, 3, 4], 5, temperature=0).shape == (5,)
-  with pytest.raises(ValueError, match='5 .* and 5 .* need 9 .* than 8'):
-    sample(model, [1, 2, 3, 4, 5], 5)

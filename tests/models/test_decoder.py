@@ -60,14 +60,10 @@ def test_parameters_of_the_paper():
 
 
 def test_initial_parameters():
-  @jax.jit
-  def parameters():
-    model = make(
-      features=64, position='transformer_xl', norm_scale_std=0.02, mlp_bias=True
-    )
-    return nnx.state(model)
-
-  for path, value in nnx.to_flat_state(parameters()):
+  model = make(
+    features=64, position='transformer_xl', norm_scale_std=0.02, mlp_bias=True
+  )
+  for path, value in nnx.to_flat_state(nnx.state(model)):
     value, name = np.asarray(value[...]), path[-1]
     if name == 'bias':
       assert not value.any(), path
@@ -99,13 +95,14 @@ def test_initial_parameters():
       tie_embedding=False,
       output_bias=True,
       logit_soft_cap=5.0,
+      dropout_rate=0.1,
       dtype='bfloat16',
     ),
   ],
   ids=['char_lm', 'modern'],
 )
 def test_jit_grad_through_merge_with_dropout(options):
-  options = {**options, 'dropout_rate': 0.2, 'attention_dropout_rate': 0.1}
+  options = {**options, 'attention_dropout_rate': 0.1}
   model = make(SlidingWindow(2, dilation=(1, 2)), **options)
   tokens = make_tokens()
   graphdef, params = nnx.split(model, nnx.Param)
@@ -281,20 +278,20 @@ def test_logit_soft_cap_and_embedding_scale():
 
 
 STREAMS = {
-  'rope': dict(
-    patterns=[SlidingWindow(2, dilation=(1, 2)), Lambda(window=4, start=2)],
-    position='rope',
+  'rope and alibi': dict(
+    num_layers=3,
+    patterns=[
+      SlidingWindow(2, dilation=(1, 2)),
+      Lambda(window=4, start=2),
+      Lambda(window=5, start=1),
+    ],
+    position=['rope', 'rope', 'alibi'],
     num_kv_heads=1,
     qk_norm=True,
   ),
   'transformer_xl': dict(
     patterns=[SlidingWindow(2, dilation=(1, 2)), Lambda(window=4, start=2)],
     position='transformer_xl',
-    implementation='reference',
-  ),
-  'alibi': dict(
-    patterns=[Lambda(window=5, start=1), SlidingWindow(4)],
-    position='alibi',
     implementation='reference',
   ),
   'sinusoidal': dict(
