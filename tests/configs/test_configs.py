@@ -1,0 +1,161 @@
+"""Every config loads, says what it should, and takes a step."""
+
+import importlib
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+from configs import common
+from longjax import training
+from longjax.models import DecoderLM
+from longjax.training.settings import make_settings
+from longjax.training.stages import make_stages
+from tests.training.helpers import write_text
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ARGUMENTS = {
+  'enwik8_longformer': ('', 'small', 'large', 'budget', 'small,runlocal'),
+  'text8_longformer': ('', 'small', 'large', 'budget', 'runlocal'),
+  'enwik8_longnet': ('', 'budget', 'runlocal'),
+  'enwik8_lm_infinite': ('', 'budget', 'runlocal'),
+  'demo': ('', 'runlocal'),
+}
+ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+
+
+def get_config(name, arg=''):
+  return importlib.import_module(f'configs.{name}').get_config(arg)
+
+
+def test_no_config_is_left_out():
+  files = {p.stem for p in (ROOT / 'configs').glob('*.py')}
+  assert files - {'__init__', 'common'} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(('name', 'arg'), ALL)
+def test_loads_with_its_patterns(name, arg):
+  config = get_config(name, arg)
+  assert config.is_locked
+  settings = make_settings(config)
+  stages = make_stages(settings.stages)
+  for stage in stages:
+    for pattern in stage.layer_patterns(
+      settings.pattern, settings.model['num_layers']
+    ):
+      assert pattern.causal
+      pattern.check_heads(settings.model['num_heads'])
+  assert settings.evaluation.stride <= settings.evaluation.length
+
+
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_docstring_has_the_command_and_whether_it_was_run(name):
+  text = importlib.import_module(f'configs.{name}').__doc__
+  assert f'--config=configs/{name}.py' in text
+  assert re.search(r'https://arxiv.org/abs/\d{4}\.\d{5}|arXiv \d{4}', text)
+  assert 'by us' in text or 'Measured' in text
+
+
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_takes_a_step(name, tmp_path):
+  """What runlocal trains, for one step of a short stage."""
+  config = get_config(name, 'runlocal')
+  config.data.name = 'text'
+  config.data.path = str(write_text(tmp_path / 'text.txt', words=2000))
+  config.data.loader = 'numpy'
+  config.model.update(features=16, mlp_features=32)
+  config.model.num_heads = 4
+  stage = dict(config.stages[0]) | dict(
+    length=64, batch_size=2, steps=1, warmup_steps=0
+  )
+  config.stages = (stage,)
+  config.evaluation.update(
+    length=64, stride=64, batch_size=2, test_characters=100
+  )
+  config.tensorboard = False
+  config.report = False
+  result = training.train_and_evaluate(config, tmp_path / 'run')
+  assert result['step'] == 1 and result['characters'] == 100
+
+
+def test_the_five_phases():
+  """Table 12's two ends, and the rule between them."""
+  for arg, total in (('small', 570_000), ('large', 395_000)):
+    stages = make_stages(get_config('enwik8_longformer', arg).stages)
+    assert [s.length for s in stages] == [2048, 4096, 8192, 16384, 23040]
+    assert [s.batch_size for s in stages] == [32, 32, 16, 16, 16]
+    assert sum(s.steps for s in stages) == total
+    assert [s.learning_rate for s in stages] == [
+      2.5e-4 / 2**phase for phase in range(5)
+    ]
+    assert (stages[0].windows[0], stages[0].windows[-1]) == (32, 512)
+    assert (stages[4].windows[0], stages[4].windows[-1]) == (512, 8192)
+    assert [s.warmup_steps for s in stages] == [
+      min(s.steps // 10, 10_000) for s in stages
+    ]
+
+
+def test_windows_have_the_mean_of_the_ablation():
+  windows = common.doubling_windows(32, 512, 12)
+  assert [windows.count(w) for w in (32, 64, 128, 256, 512)] == [2, 2, 2, 3, 3]
+  assert 229 < sum(windows) / 12 < 230
+  assert list(windows) == sorted(windows)
+  assert common.doubling_windows(8, 8, 3) == (8, 8, 8)
+  for bottom, top, layers in ((32, 500, 12), (32, 512, 4), (64, 32, 12)):
+    with pytest.raises(ValueError, match=f'from {bottom} to {top}'):
+      common.doubling_windows(bottom, top, layers)
+
+
+def test_two_of_eight_heads_are_dilated():
+  stages = make_stages(get_config('enwik8_longformer', 'small').stages)
+  strides = [heads[-1] for heads in stages[0].dilations]
+  assert strides == [1] * 6 + [2] * 2 + [3] * 2 + [4] * 2
+  assert all(heads[:6] == (1,) * 6 for heads in stages[0].dilations)
+  large = make_stages(get_config('enwik8_longformer', 'large').stages)
+  strides = [heads[-1] for heads in large[0].dilations]
+  assert strides == [1] * 15 + [2] * 5 + [3] * 5 + [4] * 5
+
+
+def test_paper_models_have_the_papers_sizes():
+  from flax import nnx
+
+  from longjax.training.state import split
+
+  for arg, count in (('small', 41_055_232), ('large', 102_479_872)):
+    config = get_config('enwik8_longformer', arg)
+    stage = make_stages(config.stages)[0]
+    model = nnx.eval_shape(
+      lambda config=config, stage=stage: DecoderLM(
+        vocab_size=204,
+        patterns=stage.layer_patterns(
+          'sliding_window', config.model.num_layers
+        ),
+        rngs=nnx.Rngs(0),
+        **config.model.to_dict(),
+      )
+    )
+    assert sum(p.size for p in split(model)[1].values()) == count
+
+
+def test_parse_arg():
+  parsed = common.parse_arg('large,steps=5', large=False, steps=1, run=False)
+  assert parsed.to_dict() == dict(large=True, steps=5, run=False)
+  assert common.parse_arg(None, large=False).large is False
+  with pytest.raises(ValueError, match="'larg' is not one of large"):
+    common.parse_arg('larg', large=False)
+  with pytest.raises(ValueError, match='a value is wanted'):
+    common.parse_arg('steps', steps=1)
+  with pytest.raises(ValueError, match='a plain name is wanted'):
+    common.parse_arg('large=1', large=False)
+
+
+def test_a_config_refuses_keys_that_there_are_not():
+  config = common.make_config()
+  with pytest.raises((AttributeError, KeyError), match='log_every'):
+    config.log_evry = 3
+  with pytest.raises((AttributeError, KeyError), match='length'):
+    config.evaluation.lenght = 3
+  assert isinstance(config, ml_collections.ConfigDict)
+  with pytest.raises(ValueError, match='of small, large and budget only one'):
+    get_config('enwik8_longformer', 'large,budget')
