@@ -150,23 +150,17 @@ class DecoderLM(nnx.Module):
     self.dtype = jnp.dtype(dtype)
 
     init = nnx.initializers.normal(INIT_STD)
-    self.embedding = nnx.Embed(
-      vocab_size,
-      features,
+    make_table = functools.partial(
+      nnx.Embed,
+      features=features,
       embedding_init=init,
       dtype=self.dtype,
       param_dtype=param_dtype,
       rngs=rngs,
     )
+    self.embedding = make_table(vocab_size)
     if self.absolute == 'learned':
-      self.position_embedding = nnx.Embed(
-        max_positions,
-        features,
-        embedding_init=init,
-        dtype=self.dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-      )
+      self.position_embedding = make_table(max_positions)
     self.layers = nnx.List(
       Block(
         features,
@@ -240,8 +234,8 @@ class DecoderLM(nnx.Module):
     Args:
       tokens: int [batch, length]; a token outside of the vocabulary gives NaN.
       segment_ids: int [batch, length]. Tokens of equal id see each other, those
-        of negative id are padding. With a cache each row is one text, and only
-        the sign counts.
+        of negative id are padding. With a cache each row is one text: only the
+        sign counts, and padding takes up no position.
       positions: of the first token, an int or int [batch]. With a cache leave
         it 0: the cache counts.
       dropout_key: turns dropout on.
