@@ -42,7 +42,7 @@ GRADIENT_TOLERANCE = 1e-4  # of the largest entry of its kind
 class Worker:
   """A benchmark process; see worker.py. Use as a context manager."""
 
-  def __init__(self, script, python=sys.executable):
+  def __init__(self, script, python):
     environment = os.environ | {
       'PYTHONPATH': str(ROOT),
       'JAX_PLATFORMS': 'cpu',
@@ -85,7 +85,9 @@ class Worker:
 class Benchmark:
   """The shape of the problem, and the ways to start who computes it."""
 
-  def __init__(self, *, heads, head_dim, side, seed, hf_python):
+  def __init__(
+    self, *, heads, head_dim, side, seed, hf_python, python=sys.executable
+  ):
     self._spec = {
       'heads': heads,
       'head_dim': head_dim,
@@ -94,12 +96,12 @@ class Benchmark:
       'attention': 'window',
       'projections': True,
     }
-    self._hf_python = hf_python
+    self._hf_python, self._python = hf_python, python
 
   def start(self, who):
     if who == HF:
       return Worker('hf_longformer_worker.py', self._hf_python)
-    return Worker('longjax_worker.py')
+    return Worker('longjax_worker.py', self._python)
 
   def spec(self, who, length, mode):
     spec = self._spec | {'length': length, 'mode': mode}
@@ -341,6 +343,13 @@ def parse(arguments):
     default=ROOT / '.venv-goldens' / 'bin' / 'python',
     help='Python with torch and transformers',
   )
+  parser.add_argument(
+    '--python',
+    type=pathlib.Path,
+    default=pathlib.Path(sys.executable),
+    help="Python with longjax's libraries; where JAX's CUDA plugin is also "
+    'installed, as for the tests, it alone takes 86 MB of memory',
+  )
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 16384])
   parser.add_argument('--side', type=int, default=256, help='keys each side')
   parser.add_argument('--heads', type=int, default=12)
@@ -354,6 +363,8 @@ def parse(arguments):
       f'no Python with transformers at {args.hf_python}: run `make goldens`, '
       'or give --hf_python'
     )
+  if not args.python.exists():
+    parser.error(f'--python {args.python}: no such file')
   for length in args.lengths:
     if length % (2 * args.side):
       parser.error(
@@ -378,6 +389,7 @@ def main(arguments=None):
     side=args.side,
     seed=args.seed,
     hf_python=args.hf_python,
+    python=args.python,
   )
   record = {
     'command': ' '.join(

@@ -22,9 +22,7 @@ def setup(spec):
     raise ValueError(
       f'length {length} is no multiple of the window {2 * spec["side"]}'
     )
-  weights, hidden, cotangent = worker.make_inputs(
-    length, heads, head_dim, spec['seed']
-  )
+  weights, hidden, cotangent = worker.make_inputs(spec)
   config = transformers.LongformerConfig(
     hidden_size=heads * head_dim,
     num_attention_heads=heads,
@@ -40,7 +38,6 @@ def setup(spec):
   )
   layer.eval()
   hidden = torch.from_numpy(hidden)
-  cotangent = torch.from_numpy(cotangent)
   mask = torch.zeros(1, length)
   arguments = {
     'attention_mask': mask,
@@ -57,7 +54,7 @@ def setup(spec):
     layer.zero_grad(set_to_none=True)
     x = hidden.detach().requires_grad_()
     output = layer(x, **arguments)[0]
-    output.backward(cotangent)
+    output.backward(torch.from_numpy(cotangent))
     gradients = {
       f'd_{name}': parameter.grad
       for name, parameter in layer.named_parameters()

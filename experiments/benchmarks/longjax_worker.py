@@ -19,9 +19,7 @@ def setup(spec):
   `mode` is 'forward' or 'forward+backward'.
   """
   heads, head_dim = spec['heads'], spec['head_dim']
-  weights, hidden, cotangent = jax.device_put(
-    worker.make_inputs(spec['length'], heads, head_dim, spec['seed'])
-  )
+  weights, hidden, cotangent = jax.device_put(worker.make_inputs(spec))
 
   def layer(weights, hidden):
     if spec['projections']:

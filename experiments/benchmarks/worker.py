@@ -24,23 +24,30 @@ import numpy as np
 PROJECTIONS = ('query', 'key', 'value')
 
 
-def make_inputs(length, heads, head_dim, seed):
+def make_inputs(spec):
   """Returns (weights, hidden, cotangent), the same in every process.
 
-  Weights are in torch's layout: out = hidden @ weight.T + bias.
+  The cotangent is None in the mode 'forward'.
+
+  Weights are in torch's layout: out = hidden @ weight.T + bias. All is made in
+  float32: a larger intermediate array would be part of the peak memory.
   """
-  rng = np.random.default_rng(seed)
-  features = heads * head_dim
+  rng = np.random.default_rng(spec['seed'])
+  features = spec['heads'] * spec['head_dim']
 
   def normal(*shape, scale=1.0):
-    return (scale * rng.standard_normal(shape)).astype(np.float32)
+    values = rng.standard_normal(shape, np.float32)
+    values *= scale
+    return values
 
   weights = {}
   for name in PROJECTIONS:
     weights[f'{name}.weight'] = normal(features, features, scale=features**-0.5)
     weights[f'{name}.bias'] = normal(features, scale=0.1)
-  shape = (1, length, features)
-  return weights, normal(*shape), normal(*shape)
+  hidden = normal(1, spec['length'], features)
+  if spec['mode'] == 'forward':
+    return weights, hidden, None
+  return weights, hidden, normal(*hidden.shape)
 
 
 def peak_bytes():

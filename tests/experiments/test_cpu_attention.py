@@ -21,7 +21,8 @@ def small_benchmark():
 
 def dense_layer(side):
   """The benchmark's layer in float64."""
-  weights, hidden, _ = make_inputs(LENGTH, HEADS, HEAD_DIM, seed=0)
+  spec = small_benchmark().spec(cpu_attention.LONGJAX, LENGTH, 'forward')
+  weights, hidden, _ = make_inputs(spec)
   q, k, v = (
     (hidden @ weights[f'{name}.weight'].T + weights[f'{name}.bias'])
     .astype(np.float64)
