@@ -41,9 +41,9 @@ def attention(
   differentiable in q, k, v and the arrays of `position`.
 
   Args:
-    q, k, v: queries [batch, length, heads, head size], keys and values [batch,
-      kv length, kv heads, head size]; kv heads divide heads (GQA, MQA). Float32,
-      bfloat16 or float16 (float64 too where JAX has it enabled), all the same.
+    q, k, v: queries [batch, length, heads, head size], keys and values
+      [batch, kv length, kv heads, head size]; kv heads divide heads (GQA, MQA).
+      All float32, bfloat16 or float16 (or float64 where JAX has it enabled).
     pattern: `SlidingWindow`, `Dilated`, `Lambda`, `Full` or `SelfExtend`.
     position: applied inside (queries and keys arrive un-rotated): `RoPE`,
       `XPos`, `ALiBi`, `TransformerXL` or None.
@@ -134,8 +134,8 @@ def _check_arrays(q, k, v):
   for name, x in (('q', q), ('k', k), ('v', v)):
     if x.ndim != 4 or 0 in x.shape:
       raise ValueError(
-        f'{name} must be [batch, length, heads, head size], all >= 1, got shape '
-        f'{x.shape}'
+        f'{name} must be [batch, length, heads, head size], all >= 1, got '
+        f'shape {x.shape}'
       )
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
       raise ValueError(

@@ -365,7 +365,13 @@ def _walk_chunks(config, x, columns, walk, i, visit, state):
 def _seen(config, queries, chunk):
   """[b, c, k, r, block, chunk] or broadcastable: who sees whom in the tile."""
   rows, columns = queries.rows, chunk.columns
-  q, k = lambda y: y[..., :, None], lambda y: y[..., None, :]
+
+  def q(y):
+    return y[..., :, None]
+
+  def k(y):
+    return y[..., None, :]
+
   seen = (q(rows.lo) <= k(columns.pos)) & (k(columns.pos) <= q(rows.hi))
   if rows.doc is not None:
     seen = seen & (q(rows.doc) == k(columns.doc))

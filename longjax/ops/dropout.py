@@ -39,9 +39,12 @@ def keep_mask(
   k_position: Int[Array, '...'],
 ) -> Bool[Array, '...']:
   """Which entries are kept, each with probability 1 - rate; broadcasts."""
-  u32 = lambda x: jnp.asarray(x).astype(jnp.uint32)
+
+  def u32(x):
+    return jnp.asarray(x).astype(jnp.uint32)
+
   query = _mix(seed[0] ^ _mix(u32(row) + _GOLDEN))
-  query = _mix(query ^ _mix(u32(head) + np.uint32(1) * _GOLDEN))
+  query = _mix(query ^ _mix(u32(head) + _GOLDEN))
   query = _mix(query ^ u32(q_position))
   key = _mix(seed[1] ^ (u32(k_position) * _GOLDEN))
   bits = _mix(query + key)

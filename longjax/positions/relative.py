@@ -86,8 +86,8 @@ class TransformerXL(Position):
       shape = getattr(self, name).shape
       if shape[-2:] != heads or len(shape) != (3 if name == 'r' else 2):
         raise ValueError(
-          f'TransformerXL {name} has shape {shape}, but '
-          f'{("N, " if name == "r" else "")}{heads} (heads, head size) is needed'
+          f'TransformerXL {name} has shape {shape}, but it must end in {heads} '
+          f'(heads, head size), after the number of distances for r'
         )
 
   def logits(self, q, k, distance, scale):
