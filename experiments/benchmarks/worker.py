@@ -5,7 +5,7 @@ environment, a fresh peak of memory). Requests come as lines of JSON on standard
 input, answers leave as lines of JSON on standard output:
 
   {"do": "setup", "name": ..., **spec}  prepares a case and warms it up
-  {"do": "run", "name": ...}            -> {"seconds": ...}
+  {"do": "run", "name": ...}            -> {"seconds": ..., "cpu_seconds": ...}
   {"do": "save", "name": ..., "path"}   writes the results of a run as .npz
   {"do": "drop", "name": ...}           forgets a case
   {"do": "memory"}                      -> {"peak_bytes": ...} of the process
@@ -81,9 +81,12 @@ def serve(setup, versions):
       cases[name]()
       answer(seconds=time.perf_counter() - started)
     elif request['do'] == 'run':
-      started = time.perf_counter()
+      started, busy = time.perf_counter(), time.process_time()
       cases[name]()
-      answer(seconds=time.perf_counter() - started)
+      answer(
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - busy,
+      )
     elif request['do'] == 'save':
       results = {k: np.asarray(v) for k, v in cases[name]().items()}
       np.savez(request['path'], **results)
