@@ -158,7 +158,7 @@ def forward(
     lse = jnp.where(some, largest + jnp.log(total), -jnp.inf)
     return None, (out / total[..., None], lse)
 
-  _, (out, lse) = jax.lax.scan(one_block, None, jnp.arange(len(walk.first)))
+  _, (out, lse) = _each_block(one_block, None, len(walk.first))
   return _join(out, num_rows), _join(lse, num_rows)
 
 
@@ -234,9 +234,7 @@ def backward(
     return sums, (dq, drelative)
 
   sums = _Sums(zeros(x.k), zeros(x.v), zeros(x.table), zeros(x.slopes))
-  sums, (dq, drelative) = jax.lax.scan(
-    one_block, sums, jnp.arange(len(walk.first))
-  )
+  sums, (dq, drelative) = _each_block(one_block, sums, len(walk.first))
   dtable = sums.table
   if dtable is not None and config.skewed:
     margin = _table_margin(config)
@@ -313,6 +311,14 @@ def _query_block(config, x, rows, i):
     jax.tree.map(lambda y: take(y, axis=4), rows),
     i * config.block,
   )
+
+
+def _each_block(one_block, carry, count):
+  """A scan over the numbers of the blocks; a loop of one costs compile time."""
+  if count == 1:
+    carry, results = one_block(carry, 0)
+    return carry, jax.tree.map(lambda y: y[None], results)
+  return jax.lax.scan(one_block, carry, jnp.arange(count))
 
 
 def _rows_of(config, y, i, axis):
