@@ -53,6 +53,14 @@ def text(tmp_path_factory):
   return write_text(tmp_path_factory.mktemp('text') / 'text.txt')
 
 
+def one_layer(text, **stage):
+  """The smallest thing that can be trained."""
+  config = tiny(text)
+  config['model'] |= dict(num_layers=1)
+  config['stages'] = (config['stages'][0] | stage,)
+  return config
+
+
 def arrays(workdir, step):
   """Every array of a checkpoint, by part and name."""
   folder = workdir / 'checkpoints' / str(step)
@@ -212,7 +220,7 @@ def test_changed_stages(uninterrupted, text, tmp_path):
 
 
 def test_nan_stops_and_names_the_last_checkpoint(text, tmp_path, monkeypatch):
-  config = tiny(text)
+  config = one_layer(text, steps=8)
   make = train_lib.make_train_step
 
   def make_broken(*args, **kwargs):
@@ -220,7 +228,7 @@ def test_nan_stops_and_names_the_last_checkpoint(text, tmp_path, monkeypatch):
 
     def broken(state, batch, step):
       state, outputs = train_step(state, batch, step)
-      broken_loss = jax.numpy.where(step == 8, jax.numpy.nan, outputs['loss'])
+      broken_loss = jax.numpy.where(step == 5, jax.numpy.nan, outputs['loss'])
       return state, {**outputs, 'loss': broken_loss}
 
     return broken
@@ -229,23 +237,21 @@ def test_nan_stops_and_names_the_last_checkpoint(text, tmp_path, monkeypatch):
   with pytest.raises(training.NonFiniteError) as e:
     training.train_and_evaluate(config, tmp_path)
   message = str(e.value)
-  assert 'loss is nan at step 9 (learning rate 0.003)' in message
-  assert 'last good checkpoint is of step 8' in message
+  assert 'loss is nan at step 6 (learning rate 0.01)' in message
+  assert 'last good checkpoint is of step 4' in message
   assert '\n' not in message
-  assert not (tmp_path / 'checkpoints' / '12').exists()
+  assert not (tmp_path / 'checkpoints' / '8').exists()
 
 
 def test_a_window_beyond_the_length_is_allowed_and_said(text, tmp_path, capsys):
-  config = tiny(text)
-  config['stages'] = (config['stages'][0] | dict(windows=100, steps=1),)
+  config = one_layer(text, steps=1, windows=100)
   training.train_and_evaluate(config, tmp_path)
   assert 'widest window 100 exceeds the length 32' in capsys.readouterr().err
 
 
 def test_bfloat16_and_remat(text, tmp_path):
-  config = tiny(text)
+  config = one_layer(text, steps=2)
   config['model'] |= dict(dtype='bfloat16', remat=True)
-  config['stages'] = (config['stages'][0] | dict(steps=2),)
   result = training.train_and_evaluate(config, tmp_path)
   assert 0 < result['bits_per_character'] < 9
   assert {x.dtype for x in arrays(tmp_path, 2).values()} == {
@@ -304,8 +310,7 @@ print(training.train_and_evaluate(config, sys.argv[2])['step'])
 def test_needs_little_and_spreads_the_batch(text, tmp_path):
   """Without grain, tfds, tqdm, tensorboardX, ...; on four devices."""
   root = os.path.dirname(os.path.dirname(longjax.__file__))
-  config = tiny(text, tensorboard=True)
-  config['stages'] = (config['stages'][0] | dict(steps=3),)
+  config = one_layer(text, steps=3) | {'tensorboard': True}
 
   def run(config, workdir):
     return subprocess.run(
