@@ -11,7 +11,9 @@ its loss and its patterns.
   make demo
   python -m experiments.main --config=configs/demo.py --workdir=runs/demo
 
-Expected: DEMO_EXPECTED.
+Measured (CPython 3.12.1's source, the first 64 KiB of its validation split):
+2.0 bits/char after training, 7.3 before it; 2.78, 3.49 and 4.47 for the Markov
+models of order 2, 1 and 0.
 """
 
 from configs import common
@@ -33,7 +35,7 @@ def get_config(arg=None):
     mlp='relu2',
     zero_init_outputs=True,
   )
-  steps = 60 if arg.runlocal else 600
+  steps = 60 if arg.runlocal else 350
   config.pattern = 'sliding_window'
   config.stages = (
     dict(
