@@ -113,10 +113,6 @@ class Config:
   xpos: XPos | None = None
   exclude: tuple[Pattern, int] | None = None
 
-  def head_numbers(self, shape) -> np.ndarray:
-    """[K, R, 1, 1], to go with tiles."""
-    return np.asarray(self.heads).reshape(*shape, 1, 1)
-
 
 def forward(
   config: Config, x: Operands, rows: Rows, columns: Columns, walk: Walk
@@ -131,7 +127,11 @@ def forward(
     queries = _query_block(config, x, rows, i)
 
     def visit(state, chunk):
-      s, seen = _scores(config, queries, chunk)
+      tile = _Tile(
+        queries.q, queries.relative_q, chunk.k, chunk.table, chunk.slopes
+      )
+      s = _logits(config, _RowMajor, tile, queries, chunk)
+      seen = _seen(config, _RowMajor, queries, chunk)
       largest, total, out = state
       s = jnp.where(seen, s, -jnp.inf)
       new = jnp.maximum(largest, s.max(axis=-1))
@@ -140,7 +140,7 @@ def forward(
       p = jnp.exp(s - finite[..., None])
       old = jnp.exp(largest - finite)
       total = total * old + p.sum(axis=-1)
-      p = _drop(config, p, queries, chunk)
+      p = _drop(config, _RowMajor, p, queries, chunk)
       out = out * old[..., None] + _einsum('bckrts,bckse->bckrte', p, chunk.v)
       return new, total, out
 
@@ -203,15 +203,17 @@ def backward(
         queries.q, queries.relative_q, chunk.k, chunk.table, x.slopes
       )
       s, pull = jax.vjp(
-        lambda tile: _logits(config, tile, queries, chunk), differentiable
+        lambda tile: _logits(config, _KeyMajor, tile, queries, chunk),
+        differentiable,
       )
-      seen = _seen(config, queries, chunk)
-      p = jnp.where(seen, jnp.exp(s - block_lse[..., None]), 0.0)
-      dp = _einsum('bckrte,bckse->bckrts', block_dout, chunk.v)
-      dv = _einsum(
-        'bckrts,bckrte->bckse', _drop(config, p, queries, chunk), block_dout
+      seen = _seen(config, _KeyMajor, queries, chunk)
+      p = jnp.where(seen, jnp.exp(s - _KeyMajor.of_queries(block_lse)), 0.0)
+      drop = functools.partial(
+        _drop, config, _KeyMajor, queries=queries, chunk=chunk
       )
-      ds = p * (_drop(config, dp, queries, chunk) - block_delta[..., None])
+      dv = _einsum('bcksrt,bckrte->bckse', drop(p), block_dout)
+      dp = _einsum('bckse,bckrte->bcksrt', chunk.v, block_dout)
+      ds = p * (drop(dp) - _KeyMajor.of_queries(block_delta))
       (d,) = pull(ds.astype(s.dtype))
       sums = _Sums(
         _add_at(sums.k, d.k, chunk.start, 3),
@@ -269,6 +271,53 @@ class _Chunk(NamedTuple):
   table_start: Array | int
   slopes: Array | None
   walk: Walk
+
+
+class _RowMajor:
+  """Tiles [B, C, K, R, queries, keys]: what the forward pass wants."""
+
+  scores = 'bckrtd,bcksd->bckrts'
+
+  @staticmethod
+  def of_queries(y):
+    """[b, c, k, r, T] -> to go with tiles."""
+    return y[..., :, None]
+
+  @staticmethod
+  def of_keys(y):
+    return y[..., None, :]
+
+  @staticmethod
+  def of_heads(y):
+    """[K, R] -> to go with tiles."""
+    return y[..., None, None]
+
+  @staticmethod
+  def arrange(tile):
+    """From [B, C, K, R, queries, keys]."""
+    return tile
+
+
+class _KeyMajor:
+  """Tiles [B, C, K, keys, R, queries]: no transposed copy for dK and dV."""
+
+  scores = 'bckrtd,bcksd->bcksrt'
+
+  @staticmethod
+  def of_queries(y):
+    return y[:, :, :, None]
+
+  @staticmethod
+  def of_keys(y):
+    return jnp.moveaxis(y, 4, 3)[..., None]
+
+  @staticmethod
+  def of_heads(y):
+    return y[:, None, :, None]
+
+  @staticmethod
+  def arrange(tile):
+    return jnp.moveaxis(tile, 5, 3)
 
 
 class _Tile(NamedTuple):
@@ -368,16 +417,10 @@ def _walk_chunks(config, x, columns, walk, i, visit, state):
   return jax.lax.fori_loop(0, count, visit_chunk, state)
 
 
-def _seen(config, queries, chunk):
-  """[b, c, k, r, block, chunk] or broadcastable: who sees whom in the tile."""
+def _seen(config, axes, queries, chunk):
+  """Who sees whom in the tile."""
   rows, columns = queries.rows, chunk.columns
-
-  def q(y):
-    return y[..., :, None]
-
-  def k(y):
-    return y[..., None, :]
-
+  q, k = axes.of_queries, axes.of_keys
   seen = (q(rows.lo) <= k(columns.pos)) & (k(columns.pos) <= q(rows.hi))
   if rows.doc is not None:
     seen = seen & (q(rows.doc) == k(columns.doc))
@@ -385,26 +428,18 @@ def _seen(config, queries, chunk):
     seen = seen & (q(rows.residue) == k(columns.residue))
   if config.exclude is not None:
     pattern, num_heads = config.exclude
-    heads = config.head_numbers(queries.q.shape[2:4])
+    heads = axes.of_heads(_head_numbers(config, queries))
     shown = pattern.multiplicity(q(rows.pos), k(columns.pos), heads, num_heads)
     seen = seen & (shown == 0)
   if not config.single:
     # The last chunk is moved back so as not to pass the end of the keys.
     number = chunk.start + jnp.arange(config.chunk)
-    seen = seen & (number >= chunk.new)
+    seen = seen & k((number >= chunk.new)[None, None, None, None])
   return seen
 
 
-def _scores(config, queries, chunk):
-  tile = _Tile(
-    queries.q, queries.relative_q, chunk.k, chunk.table, chunk.slopes
-  )
-  s = _logits(config, tile, queries, chunk)
-  return s, _seen(config, queries, chunk)
-
-
-def _logits(config, tile, queries, chunk):
-  """Scaled, biased and capped logits of a tile, [B, C, K, R, block, chunk]."""
+def _logits(config, axes, tile, queries, chunk):
+  """Scaled, biased and capped logits of a tile."""
   q, k = tile.q, tile.k
   rows, columns = queries.rows, chunk.columns
   if config.xpos is not None:
@@ -413,24 +448,27 @@ def _logits(config, tile, queries, chunk):
     q = config.xpos.damp(q, rows.told - centre)
     # Columns have a heads-per-kv-head axis of 1 here.
     k = config.xpos.damp(k, (centre - columns.told)[:, :, :, 0])
-  s = _einsum('bckrtd,bcksd->bckrts', q, k)
+  s = _einsum(axes.scores, q, k)
   if tile.table is not None:
     products = _einsum('bckrtd,krnd->bckrtn', tile.relative_q, tile.table)
     if config.skewed:
-      s = s + _skew(products, config.chunk)
+      products = _skew(products, config.chunk)
     else:
-      s = s + _look_up(products, _told(rows, columns) - config.table_start)
+      told = rows.told[..., :, None] - columns.told[..., None, :]
+      products = _look_up(products, told - config.table_start)
+    s = s + axes.arrange(products)
   s = s * config.scale
   if tile.slopes is not None:
-    distance = jnp.abs(_told(rows, columns)).astype(s.dtype)
-    s = s - tile.slopes[..., None, None] * distance
+    told = axes.of_queries(rows.told) - axes.of_keys(columns.told)
+    s = s - axes.of_heads(tile.slopes) * jnp.abs(told).astype(s.dtype)
   if config.soft_cap is not None:
     s = config.soft_cap * jnp.tanh(s / config.soft_cap)
   return s
 
 
-def _told(rows, columns):
-  return rows.told[..., :, None] - columns.told[..., None, :]
+def _head_numbers(config, queries) -> np.ndarray:
+  """[K, R] global numbers of the heads."""
+  return np.asarray(config.heads).reshape(queries.q.shape[2:4])
 
 
 def _skew(products, chunk):
@@ -455,7 +493,7 @@ def _look_up(products, index):
   return jnp.where((index < 0) | (index >= size), jnp.nan, rows)
 
 
-def _drop(config, p, queries, chunk):
+def _drop(config, axes, p, queries, chunk):
   if not config.dropout_rate:
     return p
   walk = chunk.walk
@@ -463,9 +501,9 @@ def _drop(config, p, queries, chunk):
     walk.seed,
     config.dropout_rate,
     walk.batch_row[:, None, None, None, None, None],
-    config.head_numbers(queries.q.shape[2:4]),
-    queries.rows.absolute[..., :, None],
-    chunk.columns.absolute[..., None, :],
+    axes.of_heads(_head_numbers(config, queries)),
+    axes.of_queries(queries.rows.absolute),
+    axes.of_keys(chunk.columns.absolute),
   )
   return jnp.where(keep, p / (1 - config.dropout_rate), 0.0)
 
