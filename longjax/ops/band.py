@@ -452,11 +452,13 @@ def _logits(config, axes, tile, queries, chunk):
   if tile.table is not None:
     products = _einsum('bckrtd,krnd->bckrtn', tile.relative_q, tile.table)
     if config.skewed:
-      products = _skew(products, config.chunk)
+      s = s + axes.arrange(_skew(products, config.chunk))
     else:
       told = rows.told[..., :, None] - columns.told[..., None, :]
-      products = _look_up(products, told - config.table_start)
-    s = s + axes.arrange(products)
+      rows_of_table, known = _look_up(products, told - config.table_start)
+      s = s + axes.arrange(rows_of_table)
+      # A select of the sum: past it no gradient of an unseen pair's NaN goes.
+      s = jnp.where(axes.arrange(known), s, jnp.nan)
   s = s * config.scale
   if tile.slopes is not None:
     told = axes.of_queries(rows.told) - axes.of_keys(columns.told)
@@ -485,12 +487,12 @@ def _skew(products, chunk):
 
 
 def _look_up(products, index):
-  """products[..., a, index[a, b]], NaN where the table has no such row."""
+  """products[..., a, index[a, b]], and whether the table has such a row."""
   size = products.shape[-1]
   shape = (*products.shape[:-1], index.shape[-1])
   index = jnp.broadcast_to(index, shape)
   rows = jnp.take_along_axis(products, jnp.clip(index, 0, size - 1), axis=-1)
-  return jnp.where((index < 0) | (index >= size), jnp.nan, rows)
+  return rows, (index >= 0) & (index < size)
 
 
 def _drop(config, axes, p, queries, chunk):
