@@ -1,5 +1,6 @@
 """The one public attention function."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -89,6 +90,8 @@ def attention(
   ranks = np.ndim(q_positions), np.ndim(kv_positions)
   if isinstance(position, XPos):
     ahead = pattern.reach()[1]
+    if global_tokens is not None and not pattern.causal:
+      ahead = math.inf
     if ranks == (0, 0) and _plain_zero(q_positions, kv_positions):
       ahead = min(ahead, num_keys - 1)
     position.check_reach(ahead)

@@ -26,9 +26,6 @@ from longjax.positions import ALiBi, Position, TransformerXL, XPos
 BLOCK = 128
 CHUNK = 512
 SINGLE = 1024
-# A block of queries spans at most this many positions under xPos, whose
-# damping is computed around one of them.
-XPOS_SPAN = 2**14
 
 
 class Differentiable(NamedTuple):
@@ -228,7 +225,12 @@ class _Task:
     xpos = self.position if isinstance(self.position, XPos) else None
     largest = BLOCK
     if xpos is not None:
-      largest = max(1, min(largest, XPOS_SPAN // stride))
+      # Its damping is computed around one query of a block, so that a block
+      # must not span more positions than may lie between a query and a key
+      # ahead of it. A segment's border may double the stride.
+      scattered = not static.contiguous or isinstance(view, views.Compact)
+      span_limit = 1 if scattered else xpos.furthest_ahead() // (2 * stride)
+      largest = max(1, min(largest, span_limit))
     # Blocks of one size, so that little of the last one is padding.
     count = -(-view.num_rows // largest)
     block = -(-view.num_rows // count)

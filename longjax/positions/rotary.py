@@ -137,8 +137,8 @@ class XPos(_Rotary):
   """xPos: RoPE whose i-th pair is damped by zeta_i ** (distance / scale_base).
 
   zeta_i = (2 i + 0.4 D) / (1.4 D). The damping is computed in float32 around
-  the middle of each tile of queries, so it never overflows for keys that a
-  query has behind it; keys ahead grow by 1 / zeta and are refused where the
+  a query of each tile of queries, so it never overflows for keys that a query
+  has behind it; keys ahead grow by 1 / zeta and are refused where the
   factor could overflow.
   """
 
@@ -146,8 +146,14 @@ class XPos(_Rotary):
   scale_base: float = 512.0
   interleaved = True
 
-  # exp(60) squared still fits float32.
-  LARGEST_EXPONENT = 60.0
+  # Queries and keys are each scaled by exp(40) at most; exp(80) fits float32,
+  # with room for their product.
+  LARGEST_EXPONENT = 40.0
+
+  def __post_init__(self):
+    for name in ('base', 'scale_base'):
+      if not getattr(self, name) > 0:
+        raise ValueError(f'XPos {name} must be > 0, got {getattr(self, name)}')
 
   def check(self, num_heads, head_dim):
     if head_dim % 2:

@@ -147,7 +147,9 @@ def draw(number: int, *, length=None):
     kind = 'rope'  # refused: any key ahead may be seen
   options['position'] = _position(rng, kind, heads, span)
 
-  if rng.random() < 0.4:
+  # Global keys may lie any number of positions ahead: xPos refuses.
+  free = kind != 'xpos' or pattern.causal
+  if rng.random() < 0.4 and free:
     tokens = rng.integers(-1, kv_length + 20, (batch, int(rng.integers(1, 6))))
     tokens[:, -1] = tokens[:, 0]
     options['global_tokens'] = jnp.asarray(tokens, jnp.int32)

@@ -173,7 +173,7 @@ def test_xpos_is_fine_over_long_causal_distances_in_attention():
 def test_xpos_refuses_keys_that_far_ahead_before_it_computes():
   scheme = longjax.XPos(scale_base=16.0)
   furthest = scheme.furthest_ahead()
-  assert furthest == int(60 * 16 / np.log(1.4 / 0.4))
+  assert furthest == int(40 * 16 / np.log(1.4 / 0.4))
   x = jnp.ones((1, 2, 1, 4))
   with pytest.raises(ValueError, match=f'{furthest + 1} positions ahead'):
     # The positions are traced: the pattern's own reach counts.
@@ -191,6 +191,16 @@ def test_xpos_refuses_keys_that_far_ahead_before_it_computes():
   with pytest.raises(ValueError, match='XPos would overflow'):
     longjax.attention(
       long, long, long, longjax.Full(causal=False), position=scheme
+    )
+  # Global keys may lie ahead of a two-sided window by any number.
+  with pytest.raises(ValueError, match='XPos would overflow'):
+    longjax.attention(
+      long,
+      long,
+      long,
+      longjax.SlidingWindow(1, 1),
+      position=scheme,
+      global_tokens=np.array([[0, furthest + 1]]),
     )
   # Keys behind are any number of positions away.
   assert scheme.check_reach(0) is None
@@ -211,6 +221,8 @@ def test_xpos_refuses_keys_that_far_ahead_before_it_computes():
       lambda: longjax.RoPE(fraction=0.25).check(2, 12),
       '0.25 of head size 12 is 3: an even number',
     ),
+    (lambda: longjax.XPos(scale_base=0.0), 'scale_base must be > 0, got 0.0'),
+    (lambda: longjax.XPos(base=-2.0), 'XPos base must be > 0, got -2.0'),
     (lambda: longjax.XPos().check(2, 5), 'even head size, got 5'),
   ],
 )
