@@ -35,7 +35,7 @@ def get_config(arg=None):
     mlp='relu2',
     zero_init_outputs=True,
   )
-  steps = 60 if arg.runlocal else 350
+  steps = 60 if arg.runlocal else 450
   config.pattern = 'sliding_window'
   config.stages = (
     dict(

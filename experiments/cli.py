@@ -17,6 +17,8 @@ def parse_flags(argv):
     for name in ('config', 'workdir'):
       if flags.FLAGS[name].value is None:
         raise flags.IllegalFlagValueError(f'--{name} is missing')
+    # A file that could not be loaded raises only once the config is used.
+    flags.FLAGS.config.lock()
     return rest
   except (KeyError, AttributeError) as e:
     # ml_collections finds the nearest key, but not among the keys of a stage.
@@ -26,7 +28,9 @@ def parse_flags(argv):
     known = [field.name for field in dataclasses.fields(Stage)]
     hint = f'did you mean {meant[1]!r}?' if meant else nearest(key, known)
     fail(2, f'unknown key {key!r} in the config: {hint}')
-  except (flags.Error, IndexError, TypeError, ValueError, OSError) as e:
+  except OSError as e:
+    fail(2, f'cannot load the config: {str(e).strip().splitlines()[-1]}')
+  except (flags.Error, IndexError, TypeError, ValueError) as e:
     fail(2, str(e))
 
 
@@ -37,5 +41,7 @@ def fail(exit_code: int, message: str):
   """
   if '--debug' in sys.argv:
     raise
+  # Destructors that still complain while the program ends have nothing to add.
+  sys.unraisablehook = lambda unraisable: None
   print('error: ' + ' '.join(message.split()), file=sys.stderr)
   sys.exit(exit_code)

@@ -52,7 +52,8 @@ def main(argv):
   if argv[1:]:
     raise app.UsageError(f'unknown argument {argv[1]!r}')
   if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.ERROR)  # orbax logs every file it opens
+    # orbax logs every file it opens, and again each error that it raises.
+    logging.set_verbosity(logging.FATAL)
   config, workdir = _CONFIG.value, _WORKDIR.value
   if _MODE.value == 'train':
     result = training.train_and_evaluate(config, workdir)

@@ -9,15 +9,18 @@ renames when all is there: a killed save leaves nothing behind that looks like a
 checkpoint.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from absl import logging
 from orbax import checkpoint as orbax
 
 from longjax.training.metrics import say
@@ -119,13 +122,14 @@ class Checkpoints:
     parts = {name: flatten(tree) for name, tree in state.items()}
     run = {**run, 'shapes': {name: _shapes(p) for name, p in parts.items()}}
     try:
-      self._manager.save(
-        step,
-        args=orbax.args.Composite(
-          run=orbax.args.JsonSave(run),
-          **{name: orbax.args.StandardSave(p) for name, p in parts.items()},
-        ),
-      )
+      with _in_our_words():
+        self._manager.save(
+          step,
+          args=orbax.args.Composite(
+            run=orbax.args.JsonSave(run),
+            **{name: orbax.args.StandardSave(p) for name, p in parts.items()},
+          ),
+        )
     # Storage below orbax reports a full disk in errors of several types.
     except (OSError, ValueError, RuntimeError) as e:
       for part in (self.folder / str(step), *self.folder.glob(f'{step}.*')):
@@ -186,10 +190,27 @@ class Checkpoints:
     return None
 
   def _read(self, step, **parts):
-    return self._manager.restore(step, args=orbax.args.Composite(**parts))
+    with _in_our_words():
+      return self._manager.restore(step, args=orbax.args.Composite(**parts))
 
   def close(self) -> None:
     self._manager.close()
+
+
+@contextlib.contextmanager
+def _in_our_words():
+  """Mutes orbax's threads: the first of their errors is raised here as well.
+
+  The others follow from it, among them complaints from destructors.
+  """
+  verbosity, hook = logging.get_verbosity(), sys.unraisablehook
+  logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = lambda unraisable: None
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
+    logging.set_verbosity(verbosity)
 
 
 def first_line(error: BaseException) -> str:

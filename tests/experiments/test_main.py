@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def config(tmp_path_factory):
   return path
 
 
-def start(config, workdir, *args):
+def start(config, workdir, *args, **kwargs):
   """Starts the program; a cache spares it compiling the same thing again."""
   return subprocess.Popen(
     [
@@ -72,6 +73,7 @@ def start(config, workdir, *args):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    **kwargs,
   )
 
 
@@ -184,7 +186,8 @@ def test_evaluate_and_sample(whole, config):
     (['--config.stages[0].lenght=4'], 2, "did you mean 'length'"),
     (['--config.seed=abc'], 2, "invalid literal for int() with base 10: 'abc'"),
     (['--workdr=x'], 2, "flag 'workdr'. Did you mean: workdir"),
-    (['--config=configs/nothing.py'], 2, 'configs/nothing.py'),
+    (['--config=configs/none.py'], 2, 'cannot load the config: [Errno 2] No s'),
+    (['--config.stages[7].steps=1'], 2, 'index out of range'),
     (
       ['--config=configs/demo.py:runlocl'],
       2,
@@ -200,6 +203,28 @@ def test_mistakes_are_one_line(config, tmp_path, args, code, message):
   assert message in err
   assert len(err.strip().splitlines()) == 1 and err.startswith('error: ')
   assert out == ''
+
+
+def test_full_disk_while_saving(whole, config, tmp_path):
+  """Files may not grow beyond 16 KiB: what was saved before stays."""
+  resource = pytest.importorskip('resource', reason='no file size limits here')
+  shutil.copytree(
+    whole[0] / 'checkpoints' / '100', tmp_path / 'checkpoints' / '100'
+  )
+  process = start(
+    config,
+    tmp_path,
+    preexec_fn=lambda: resource.setrlimit(
+      resource.RLIMIT_FSIZE, (16 * 1024, resource.RLIM_INFINITY)
+    ),
+  )
+  _, err = process.communicate(timeout=180)
+  assert process.returncode == 1, err
+  last = err.strip().splitlines()[-1]
+  assert last.startswith('error: cannot save the checkpoint of step 120')
+  assert last.endswith('(earlier checkpoints are intact: 100)')
+  assert 'Traceback' not in err
+  assert steps(tmp_path) == [100]
 
 
 def test_debug_shows_the_traceback(config, tmp_path):
