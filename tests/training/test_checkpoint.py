@@ -14,7 +14,6 @@ from orbax import checkpoint as orbax
 
 from longjax.training.checkpoint import CheckpointError, Checkpoints, flatten
 
-
 # When a file cannot be read or written, orbax drops the others half-way, and
 # each of them complains, sooner or later, that its event loop is gone.
 drops_the_rest = pytest.mark.filterwarnings(
