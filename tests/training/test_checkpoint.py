@@ -15,8 +15,8 @@ from orbax import checkpoint as orbax
 from longjax.training.checkpoint import CheckpointError, Checkpoints, flatten
 
 # When a file cannot be read or written, orbax drops the others half-way, and
-# each of them complains, sooner or later, that its event loop is gone.
-drops_the_rest = pytest.mark.filterwarnings(
+# each of them complains, maybe in a later test, that its event loop is gone.
+pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
 
@@ -127,7 +127,6 @@ def test_half_written_is_ignored(opened, tmp_path):
   assert_same(opened().restore(make_state()).state, make_state(1))
 
 
-@drops_the_rest
 def test_damaged_falls_back_and_says_so(opened, tmp_path):
   said = []
   checkpoints = opened()
@@ -141,7 +140,6 @@ def test_damaged_falls_back_and_says_so(opened, tmp_path):
   assert '\n' not in said[0]
 
 
-@drops_the_rest
 def test_all_damaged(opened, tmp_path):
   opened().save(1, make_state(1), {})
   damage(tmp_path / 'checkpoints' / '1')
@@ -173,7 +171,6 @@ def test_full_disk_leaves_earlier_checkpoints(opened, tmp_path, monkeypatch):
   assert_same(opened().restore(make_state()).state, make_state(2))
 
 
-@drops_the_rest
 def test_a_write_that_really_fails(opened, tmp_path):
   """As above with the writer below orbax failing: files may not grow."""
   resource = pytest.importorskip('resource', reason='no file size limits here')
