@@ -12,8 +12,8 @@ its loss and its patterns.
   python -m experiments.main --config=configs/demo.py --workdir=runs/demo
 
 Measured (CPython 3.12.1's source, the first 64 KiB of its validation split):
-1.95 bits/char after training, 7.27 before it; 2.78, 3.49 and 4.47 for the Markov
-models of order 2, 1 and 0.
+1.95 bits/char after training, 7.27 before it; 2.78, 3.49 and 4.47 for the
+Markov models of order 2, 1 and 0.
 """
 
 from configs import common
