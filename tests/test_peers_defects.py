@@ -62,16 +62,15 @@ def test_s2_every_head_takes_part_in_every_part_and_dropout_is_used():
   assert (np.abs(dropped - base).max(axis=(0, 1, 3)) > 0.1).all()
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_s3_longnet_rows_come_back_where_they_were(implementation):
+def test_s3_longnet_rows_come_back_where_they_were():
   """As long as the input, and masked by keys rather than by output rows."""
   inputs = qkv(2, 1, 50, 4)
-  out = attend(implementation, *inputs, pattern=longjax.Dilated((50,), (4,)))
+  out = attend('xla', *inputs, pattern=longjax.Dilated((50,), (4,)))
   assert out.shape == (1, 50, 4, 8)
   for head in range(4):
     rows = slice(head, None, 4)
     alone = attend(
-      implementation,
+      'xla',
       *(x[:, rows, head : head + 1] for x in inputs),
       pattern=longjax.Full(),
     )
@@ -81,25 +80,22 @@ def test_s3_longnet_rows_come_back_where_they_were(implementation):
     np.testing.assert_array_equal(out[:, rest, head], 0)
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @pytest.mark.parametrize('causal', [True, False])
-def test_s5_longnet_padding_takes_no_part(implementation, causal):
+def test_s5_longnet_padding_takes_no_part(causal):
   """Neither the caller's padding nor what fills a segment up."""
   pattern = longjax.Dilated((16, 64), (1, 4), causal)
   inputs = qkv(3, 2, 70, 4)  # no multiple of either segment
   ids = jnp.asarray([[0] * 70, [0] * 51 + [-1] * 19])
-  base = attend(implementation, *inputs, pattern=pattern, segment_ids=ids)
+  base = attend('xla', *inputs, pattern=pattern, segment_ids=ids)
   noise = tuple(x.at[1, 51:].set(7.0) for x in inputs)
-  other = attend(implementation, *noise, pattern=pattern, segment_ids=ids)
+  other = attend('xla', *noise, pattern=pattern, segment_ids=ids)
   np.testing.assert_array_equal(other, base)
   np.testing.assert_array_equal(base[1, 51:], 0)
   # A zero key that took part would add exp(0) to the denominator.
   shorter = tuple(x[1:, :51] for x in inputs)
-  alone = attend(implementation, *shorter, pattern=pattern)
+  alone = attend('xla', *shorter, pattern=pattern)
   np.testing.assert_allclose(base[1:, :51], alone, atol=2e-6)
-  ones = attend(
-    implementation, *inputs[:2], jnp.ones_like(inputs[2]), pattern=pattern
-  )
+  ones = attend('xla', *inputs[:2], jnp.ones_like(inputs[2]), pattern=pattern)
   np.testing.assert_allclose(ones, 1, rtol=1e-5)
 
 
@@ -122,21 +118,20 @@ def test_s5_every_import_of_the_readme_exists():
     assert name is None or hasattr(found, name), f'{module}.{name}'
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_s6_lambda_respects_padding_and_grouped_heads(implementation):
+def test_s6_lambda_respects_padding_and_grouped_heads():
   pattern = longjax.Lambda(12, start=4)
   q, k, v = qkv(4, 2, 40, 4, kv_heads=2)
   # Padding on the left: start keys are the text's own.
   ids = jnp.asarray([[-1] * 9 + [0] * 31, [0] * 40])
   options = dict(pattern=pattern, position=longjax.RoPE())
-  base = attend(implementation, q, k, v, segment_ids=ids, **options)
+  base = attend('xla', q, k, v, segment_ids=ids, **options)
   noise = (x.at[0, :9].set(5.0) for x in (q, k, v))
-  other = attend(implementation, *noise, segment_ids=ids, **options)
+  other = attend('xla', *noise, segment_ids=ids, **options)
   np.testing.assert_array_equal(other, base)
-  alone = attend(implementation, q[:1, 9:], k[:1, 9:], v[:1, 9:], **options)
+  alone = attend('xla', q[:1, 9:], k[:1, 9:], v[:1, 9:], **options)
   np.testing.assert_allclose(base[:1, 9:], alone, atol=2e-6)
   each = attend(
-    implementation,
+    'xla',
     q,
     jnp.repeat(k, 2, axis=2),
     jnp.repeat(v, 2, axis=2),

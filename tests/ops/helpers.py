@@ -3,6 +3,9 @@
 Shape letters as in `longjax.ops`.
 """
 
+import functools
+from concurrent import futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,8 +158,10 @@ def assert_close(got, wanted, *, forward=2e-5, gradient=5e-5):
 
 def check_against_reference(inputs, pattern, *, narrow=False, **options):
   """xla equals the definition, forward and backward."""
-  got = run('xla', inputs, pattern, **options)
-  wanted = run('reference', inputs, pattern, **options)
+  call = functools.partial(run, inputs=inputs, pattern=pattern, **options)
+  # Nearly all of the time is compilation, which can go on side by side.
+  with futures.ThreadPoolExecutor(2) as pool:
+    got, wanted = pool.map(call, ('xla', 'reference'))
   if narrow:  # bfloat16 and float16 inputs, rounded outputs and products
     assert_close(got, wanted, forward=2e-2, gradient=4e-2)
   else:

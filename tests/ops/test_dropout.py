@@ -15,7 +15,6 @@ PATTERNS = [
   longjax.SlidingWindow(5, 3, dilation=(1, 2)),
   longjax.Dilated((8, 16), (1, 2), causal=False),
   longjax.Lambda(9, 4),
-  longjax.Full(),
 ]
 
 

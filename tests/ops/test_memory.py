@@ -19,11 +19,6 @@ CASES = {
     dict(position=longjax.RoPE()),
     (4096, 8192),
   ),
-  'full attention': (
-    longjax.Full(),
-    dict(position=longjax.ALiBi()),
-    (4096, 8192),
-  ),
 }
 
 

@@ -114,10 +114,10 @@ def test_bad_shapes_are_refused():
   x = jnp.ones((1, 3, 2, 4))
   for scheme, message in (
     (longjax.ALiBi(np.ones(3)), r'slopes have shape \(3,\), but \(2,\)'),
-    (longjax.TransformerXL(u[:1], u, r), r'u has shape \(1, 4\), but \(2, 4\)'),
+    (longjax.TransformerXL(u[:1], u, r), r'u has shape \(1, 4\), .* \(2, 4\)'),
     (longjax.TransformerXL(u, u[:, :3], r), r'v has shape \(2, 3\)'),
     (longjax.TransformerXL(u, u, r[:, :1]), r'r has shape \(9, 1, 4\)'),
-    (longjax.TransformerXL(u, u, u), r'r has shape \(2, 4\), but '),
+    (longjax.TransformerXL(u, u, u), r'r has shape \(2, 4\), '),
   ):
     with pytest.raises(ValueError, match=message):
       longjax.attention(x, x, x, longjax.Full(), position=scheme)
