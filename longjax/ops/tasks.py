@@ -5,7 +5,6 @@ which view, visiting which keys), shows it the queries and keys as its distance
 tells the position scheme, and brings results and cotangents back.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,103 +12,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from longjax.ops import band, views
+from longjax.ops import band, tile, views
 from longjax.ops.coordinates import Coordinates
-from longjax.patterns import TRUE_DISTANCE, Branch, Pattern
+from longjax.ops.encode import (
+  Auxiliary,
+  Encoded,
+  table_and_slopes,
+  take_heads,
+  told,
+)
+from longjax.patterns import Branch
 from longjax.patterns.base import FURTHEST
-from longjax.positions import ALiBi, Position, TransformerXL, XPos
+from longjax.positions import ALiBi, TransformerXL, XPos
 
 # Queries in a block, keys visited at a time, and how many keys a block may see
 # for them to be visited all at once. Measured on CPU; see the benchmarks.
 BLOCK = 128
 CHUNK = 512
 SINGLE = 1024
-
-
-class Differentiable(NamedTuple):
-  q: Float[Array, 'B T H D']
-  k: Float[Array, 'B S K D']
-  v: Float[Array, 'B S K E']
-  position: Position | None
-
-
-class Auxiliary(NamedTuple):
-  where: Coordinates
-  global_tokens: Int[Array, 'B G'] | None
-  seed: Array | None
-  batch_row: Int[Array, 'B']
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-  pattern: Pattern
-  scale: float
-  soft_cap: float | None
-  dropout_rate: float
-  contiguous: bool
-
-
-# --- Queries and keys as the position scheme shows them ----------------------
-
-
-class Encoded(NamedTuple):
-  """Heads before length; rotated as a branch's distance tells."""
-
-  q: Float[Array, 'B H T D']
-  k: Float[Array, 'B K S D']
-  v: Float[Array, 'B K S E']
-  relative_q: Float[Array, 'B H T D'] | None
-
-
-def _told(static, auxiliary, distance):
-  """Positions [b, T], [b, S] that the scheme is told."""
-  where = auxiliary.where
-  if distance == TRUE_DISTANCE and static.contiguous:
-    # Differences are the same as in a document, and neighbours stay close.
-    return where.q_abs, where.k_abs
-  return distance.queries(where.q_pos), distance.keys(where.k_pos)
-
-
-def encode(static, x, auxiliary, distance):
-  q, k, v = (y.swapaxes(1, 2) for y in (x.q, x.k, x.v))
-  relative_q = None
-  if isinstance(x.position, TransformerXL):
-    u, w = (y[:, None].astype(q.dtype) for y in (x.position.u, x.position.v))
-    q, relative_q = q + u, q + w
-  elif x.position is not None:
-    q_told, k_told = _told(static, auxiliary, distance)
-    q = x.position.rotate(q, q_told[:, None])
-    k = x.position.rotate(k, k_told[:, None])
-  return Encoded(q, k, v, relative_q)
-
-
-def _runs(heads):
-  """Runs of neighbours, which are moved as slices: no gather is needed."""
-  return np.split(heads, np.flatnonzero(np.diff(heads) != 1) + 1)
-
-
-def take_heads(x, heads, axis):
-  """x at the numbered heads of an axis, in the order given."""
-  parts = [
-    jax.lax.slice_in_dim(x, int(run[0]), int(run[-1]) + 1, axis=axis)
-    for run in _runs(heads)
-  ]
-  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-
-
-def put_heads(x, part, heads):
-  """x with `part` [B, len(heads), ...] in the place of its numbered heads."""
-  done = 0
-  for run in _runs(heads):
-    piece = part[:, done : done + len(run)]
-    x = jax.lax.dynamic_update_slice_in_dim(x, piece, int(run[0]), 1)
-    done += len(run)
-  return x
-
-
-# --- Tasks: what is computed one after the other -----------------------------
 
 
 def tasks_of(static, x, auxiliary):
@@ -125,10 +46,10 @@ def tasks_of(static, x, auxiliary):
 
 class _Plan(NamedTuple):
   view: Any
-  config: band.Config
-  rows: band.Rows
-  columns: band.Columns
-  walk: band.Walk
+  config: tile.Config
+  rows: tile.Rows
+  columns: tile.Columns
+  walk: tile.Walk
 
 
 class _Task:
@@ -239,7 +160,7 @@ class _Task:
     single = visited <= SINGLE
     chunk = int(visited) if single else min(CHUNK, view.num_columns)
     heads = self.heads or tuple(range(self.num_heads))
-    return band.Config(
+    return tile.Config(
       block=block,
       chunk=chunk,
       single=single,
@@ -253,27 +174,26 @@ class _Task:
 
   def rows_and_columns(self, view, where, lo, hi, k_pos, **more):
     """Rows and Columns of a view, without what nobody asks for."""
-    told = None, None
+    q_told = k_told = q_abs = k_abs = None
     if isinstance(self.position, ALiBi | TransformerXL | XPos):
-      told = self.told
-    absolute = None, None
+      q_told, k_told = told(self.static, where, self.distance)
     if self.static.dropout_rate:
-      absolute = where.q_abs, where.k_abs
+      q_abs, k_abs = where.q_abs, where.k_abs
     queries = functools.partial(self._values, view.query_values)
     keys = functools.partial(self._values, view.key_values)
-    rows = band.Rows(
+    rows = tile.Rows(
       lo=queries(lo, 1),
       hi=queries(hi, 0),
       doc=queries(where.q_doc, -1),
-      absolute=queries(absolute[0], 0),
-      told=queries(told[0], -1),
+      absolute=queries(q_abs, 0),
+      told=queries(q_told, -1),
       **more,
     )
-    columns = band.Columns(
-      pos=keys(k_pos, band.NOWHERE),
+    columns = tile.Columns(
+      pos=keys(k_pos, tile.NOWHERE),
       doc=keys(where.k_doc, -2),
-      absolute=keys(absolute[1], 0),
-      told=keys(told[1], 0),
+      absolute=keys(k_abs, 0),
+      told=keys(k_told, 0),
     )
     return rows, columns
 
@@ -286,7 +206,7 @@ def _intervals(where, lo, hi):
   """Bounds that tokens outside of all documents have: none."""
   nobody = where.q_pos < 0
   lo, hi = jnp.where(nobody, 1, lo), jnp.where(nobody, 0, hi)
-  return lo, hi, jnp.where(where.k_pos < 0, band.NOWHERE, where.k_pos)
+  return lo, hi, jnp.where(where.k_pos < 0, tile.NOWHERE, where.k_pos)
 
 
 class BranchTask(_Task):
@@ -310,7 +230,6 @@ class BranchTask(_Task):
 
   def plan(self, auxiliary):
     branch, where = self.branch, auxiliary.where
-    self.told = _told(self.static, auxiliary, self.distance)
     lo, hi = branch.bounds(where.q_pos)
     lo, hi, k_pos = _intervals(where, lo, hi)
     if not self.static.contiguous:
@@ -322,7 +241,7 @@ class BranchTask(_Task):
       view, span, skewed=skewed, table_start=self._table_start(skewed)
     )
     first, last = self._visited(view, config.block, where, lo, hi)
-    walk = band.Walk(
+    walk = tile.Walk(
       first, last, view.shift, auxiliary.seed, auxiliary.batch_row
     )
     return _Plan(view, config, rows, columns, walk)
@@ -343,7 +262,7 @@ class BranchTask(_Task):
       view.keys(k),
       view.keys(v),
       None if relative_q is None else view.queries(relative_q),
-      *_table_and_slopes(
+      *table_and_slopes(
         position, config, self.num_heads, self._layout, self.stride
       ),
     )
@@ -427,7 +346,7 @@ class BranchTask(_Task):
       )
       rows = rows._replace(lo=jnp.where(q_kept, rows.lo, FURTHEST))
       columns = columns._replace(
-        pos=jnp.where(k_kept, columns.pos, band.NOWHERE)
+        pos=jnp.where(k_kept, columns.pos, tile.NOWHERE)
       )
     elif branch.stride > 1:
       rows = rows._replace(
@@ -506,8 +425,6 @@ class GlobalTask(_Task):
       y = jnp.broadcast_to(y, (batch, y.shape[1]))
       return jnp.take_along_axis(y, slots, axis=1)
 
-    q_told, k_told = _told(static, auxiliary, self.distance)
-    self.told = q_told, gather(k_told)
     k_pos = jnp.where(valid, gather(where.k_pos), -1)
     where = where._replace(
       k_pos=k_pos, k_abs=gather(where.k_abs), k_doc=gather(where.k_doc)
@@ -550,30 +467,15 @@ class GlobalTask(_Task):
       gather(k),
       gather(v),
       None if relative_q is None else view.queries(relative_q),
-      *_table_and_slopes(
+      *table_and_slopes(
         position, config, self.num_heads, (view.kv_heads, view.group), 1
       ),
     )
 
 
-def _table_and_slopes(position, config, num_heads, layout, stride):
-  """Transformer-XL's table [K, R, N, D] and ALiBi's slopes [K, R], or None."""
-  if isinstance(position, TransformerXL):
-    table = position.r
-    if config.skewed:
-      # Rows for the multiples of the stride, from the first that there is.
-      table = table[-position.min_distance % stride :: stride]
-    table = take_heads(table, config.heads, 1).swapaxes(0, 1)
-    return table.reshape(*layout, *table.shape[1:]), None
-  if isinstance(position, ALiBi):
-    slopes = take_heads(position.head_slopes(num_heads), config.heads, 0)
-    return None, slopes.reshape(layout)
-  return None, None
-
-
 def _visit_all(view, config, auxiliary):
   blocks = -(-view.num_rows // config.block)
-  return band.Walk(
+  return tile.Walk(
     jnp.zeros(blocks, jnp.int32),
     jnp.full(blocks, view.num_columns, jnp.int32),
     0,

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longjax.ops.call import Call
-from longjax.ops.merge import merge
-from longjax.ops.tasks import (
+from longjax.ops.encode import (
   Auxiliary,
   Differentiable,
   Static,
   encode,
   put_heads,
   take_heads,
-  tasks_of,
 )
+from longjax.ops.merge import merge
+from longjax.ops.tasks import tasks_of
 from longjax.patterns import GroupedDistance
 from longjax.positions import XPos
 
