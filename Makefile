@@ -29,11 +29,15 @@ setup: .venv/.made-test
 demo: .venv/.made-demo
 	$(PYTHON) -m experiments.main --config=configs/demo.py --workdir=runs/demo
 
+# A process for each core: most of a test is compiling. A file's tests stay
+# together, since they share what was compiled.
+PYTEST := $(PYTHON) -m pytest -n auto --dist loadfile
+
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 test-full: lint
-	$(PYTHON) -m pytest -m ''
+	$(PYTEST) -m ''
 
 .PHONY: lint
 lint: .venv/.made-test

@@ -60,6 +60,7 @@ setup(
       'flatbuffers',
       'hypothesis',
       'pytest>=8',
+      'pytest-xdist',
       'ruff',
       'setuptools>=77',
       f'jax[cuda13-local,tpu]; {LINUX}',
