@@ -50,7 +50,12 @@ def parse_arg(arg: str | None, **defaults):
         + ('a plain name is wanted' if kind is bool else 'a value is wanted')
       )
     else:
-      values[name] = kind(text)
+      try:
+        values[name] = kind(text)
+      except ValueError:
+        raise ValueError(
+          f'config argument {part!r}: {name} is a {kind.__name__}'
+        ) from None
   return ml_collections.ConfigDict(values)
 
 

@@ -31,7 +31,10 @@ def parse_flags(argv):
   except OSError as e:
     fail(2, f'cannot load the config: {str(e).strip().splitlines()[-1]}')
   except (flags.Error, IndexError, TypeError, ValueError) as e:
-    fail(2, str(e))
+    # Of an error in a config file ml_collections gives all of the traceback.
+    last_line = str(e).strip().splitlines()[-1]
+    in_file = 'Traceback' in str(e)
+    fail(2, last_line.partition(': ')[2] if in_file else str(e))
 
 
 def fail(exit_code: int, message: str):

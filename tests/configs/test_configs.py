@@ -150,6 +150,8 @@ def test_parse_arg():
     common.parse_arg('larg', large=False)
   with pytest.raises(ValueError, match='a value is wanted'):
     common.parse_arg('steps', steps=1)
+  with pytest.raises(ValueError, match="'steps=x': steps is a int"):
+    common.parse_arg('steps=x', steps=1)
   with pytest.raises(ValueError, match='a plain name is wanted'):
     common.parse_arg('large=1', large=False)
 

@@ -204,7 +204,7 @@ def test_evaluate_and_sample(whole, config):
     (
       ['--config=configs/demo.py:runlocl'],
       2,
-      "'runlocl' is not one of runlocal",
+      "error: config argument 'runlocl' is not one of runlocal",
     ),
     (['--config.data.path=no_such_file'], 1, 'no_such_file'),
     (['--mode=evaluate'], 1, 'no folder'),
