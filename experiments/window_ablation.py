@@ -38,7 +38,7 @@ def main(argv):
         _RUNS.value, f'{schedule}_{_STEPS.value}_seed{seed}'
       )
       results.append(
-        {'windows': schedule, 'seed': seed, **run(schedule, seed, workdir)}
+        {'schedule': schedule, 'seed': seed, **run(schedule, seed, workdir)}
       )
   out.mkdir(parents=True, exist_ok=True)
   record = {
@@ -79,7 +79,7 @@ def draw(results: list[dict], path: pathlib.Path):
   figure, ax = plt.subplots(figsize=(5, 3.5), layout='constrained')
   for x, schedule in enumerate(text8_windows.WINDOWS):
     bits = [
-      r['bits_per_character'] for r in results if r['windows'] == schedule
+      r['bits_per_character'] for r in results if r['schedule'] == schedule
     ]
     ax.hlines(sum(bits) / len(bits), x - 0.25, x + 0.25, color='0.3')
     ax.plot([x] * len(bits), bits, 'o', color='C0')
