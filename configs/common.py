@@ -181,16 +181,18 @@ def longformer_config(arg, *, data: str) -> ml_collections.ConfigDict:
 
 def modern_model(**overrides) -> dict:
   """DecoderLM's arguments for the recipes that are ours: 12 layers of 512."""
-  return dict(
-    num_layers=12,
-    features=512,
-    num_heads=8,
-    position='rope',
-    norm='rms',
-    qk_norm=True,
-    mlp='relu2',
-    zero_init_outputs=True,
-    **overrides,
+  return (
+    dict(
+      num_layers=12,
+      features=512,
+      num_heads=8,
+      position='rope',
+      norm='rms',
+      qk_norm=True,
+      mlp='relu2',
+      zero_init_outputs=True,
+    )
+    | overrides
   )
 
 

@@ -25,16 +25,7 @@ def get_config(arg=None):
   config = common.make_config()
   config.data.name = 'python_source'
   config.data.loader = 'numpy'
-  config.model = dict(
-    num_layers=4,
-    features=128,
-    num_heads=4,
-    position='rope',
-    norm='rms',
-    qk_norm=True,
-    mlp='relu2',
-    zero_init_outputs=True,
-  )
+  config.model = common.modern_model(num_layers=4, features=128, num_heads=4)
   steps = 60 if arg.runlocal else 450
   config.pattern = 'sliding_window'
   config.stages = (

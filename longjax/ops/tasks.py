@@ -56,6 +56,7 @@ class _Task:
   """One call of `band`: how it is planned, run and differentiated."""
 
   heads: tuple[int, ...] | None = None
+  stride = 1
   # Whether each batch row has a view of its own, which depends on the data.
   by_row = False
 
@@ -121,7 +122,6 @@ class _Task:
       auxiliary = auxiliary._replace(
         where=where,
         batch_row=auxiliary.batch_row[None],
-        global_tokens=None,
       )
       result = run(grow(encoded), auxiliary, *grow(more))
       if isinstance(result[0], Encoded):
@@ -142,7 +142,6 @@ class _Task:
   def config(self, view, span, **more):
     """Block sizes, where a query sees `span` neighbouring keys at most."""
     static = self.static
-    stride = getattr(self, 'stride', 1)
     xpos = self.position if isinstance(self.position, XPos) else None
     largest = BLOCK
     if xpos is not None:
@@ -150,7 +149,9 @@ class _Task:
       # must not span more positions than may lie between a query and a key
       # ahead of it. A segment's border may double the stride.
       scattered = not static.contiguous or isinstance(view, views.Compact)
-      span_limit = 1 if scattered else xpos.furthest_ahead() // (2 * stride)
+      span_limit = (
+        1 if scattered else xpos.furthest_ahead() // (2 * self.stride)
+      )
       largest = max(1, min(largest, span_limit))
     # Blocks of one size, so that little of the last one is padding.
     count = -(-view.num_rows // largest)

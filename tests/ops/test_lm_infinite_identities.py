@@ -156,22 +156,24 @@ def long_prefill():
   return forward('xla', LONG, Lambda(L, G), position=ROPE)[0]
 
 
+@jax.jit
+def step(q, k, v, at, slots):
+  """Queries from position `at` on against a cache of keys at `slots`."""
+  return longjax.attention(
+    q,
+    k,
+    v,
+    Lambda(L, G),
+    position=ROPE,
+    q_positions=at,
+    kv_positions=slots,
+  )
+
+
 def test_b11_09_evicting_decode_is_prefill():
   """A cache of the first G and the last L - 1 keys is all a query needs."""
   whole = long_prefill()
   q, k, v = LONG
-
-  @jax.jit
-  def step(q, k, v, at, slots):
-    return longjax.attention(
-      q,
-      k,
-      v,
-      Lambda(L, G),
-      position=ROPE,
-      q_positions=at,
-      kv_positions=slots,
-    )
 
   for t in (0, 1, L - 1, L, L + 1, L + G - 1, L + G, L + G + 1, 3 * L):
     kept = [p for p in range(t + 1) if p < G or p > t - L]
@@ -194,18 +196,6 @@ def test_b11_10_chunked_prefill_with_a_carried_cache(chunk):
   whole = long_prefill()
   q, k, v = LONG
   length = q.shape[1]
-
-  @jax.jit
-  def step(q, k, v, at, slots):
-    return longjax.attention(
-      q,
-      k,
-      v,
-      Lambda(L, G),
-      position=ROPE,
-      q_positions=at,
-      kv_positions=slots,
-    )
 
   for start in range(0, length, chunk):
     at = np.arange(start, start + chunk)
