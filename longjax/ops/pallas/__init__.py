@@ -1,0 +1,1 @@
+"""Pallas kernels for band attention, on GPU and TPU; see `contract`."""
