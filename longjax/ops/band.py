@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longjax.ops import tile as tiles
+from longjax.ops.stored import Stored, Transposed, flat, unflat
 from longjax.ops.tile import Columns, Config, KeyMajor, RowMajor, Rows, Walk
 
 
@@ -39,11 +40,10 @@ def forward(
   """(out, lse) in float32; rows that see nothing get 0 and -inf."""
   num_rows = x.q.shape[4]
   x, rows = _pad(config, x, rows)
-  accumulator = _accumulator(x.q)
-  *leading, _, _ = x.q.shape
+  arrays = _store(x)
 
   def one_block(_, i):
-    queries = _query_block(config, x, rows, i)
+    queries = _query_block(config, arrays, rows, i)
 
     def visit(state, chunk):
       tile = tiles.Tile(
@@ -51,36 +51,49 @@ def forward(
       )
       s = tiles.logits(config, RowMajor, tile, queries, chunk)
       seen = tiles.seen(config, RowMajor, queries, chunk)
-      largest, total, out = state
       s = jnp.where(seen, s, -jnp.inf)
-      new = jnp.maximum(largest, s.max(axis=-1))
+      largest = s.max(axis=-1)
+      if state is not None:
+        largest = jnp.maximum(largest, state[0])
       # Nothing seen yet: any finite number serves.
-      finite = jnp.where(new == -jnp.inf, 0.0, new)
+      finite = jnp.where(largest == -jnp.inf, 0.0, largest)
       p = jnp.exp(s - finite[..., None])
-      old = jnp.exp(largest - finite)
-      total = total * old + p.sum(axis=-1)
+      total = p.sum(axis=-1)
       p = tiles.drop(config, RowMajor, p, queries, chunk)
-      out = out * old[..., None] + tiles.einsum(
-        'bckrts,bckse->bckrte', p, chunk.v
-      )
-      return new, total, out
+      out = tiles.einsum('bckrts,bckse->bckrte', p, chunk.v)
+      if state is not None:
+        old = jnp.exp(state[0] - finite)
+        total = total + state[1] * old
+        out = out + state[2] * old[..., None]
+      return largest, total, out
 
-    shape = (*leading, config.block)
-    state = (
-      jnp.full(shape, -jnp.inf, accumulator),
-      jnp.zeros(shape, accumulator),
-      jnp.zeros((*shape, x.v.shape[-1]), accumulator),
-    )
+    def nothing_seen():
+      accumulator = _accumulator(x.q)
+      shape = queries.q.shape[:-1]
+      return (
+        jnp.full(shape, -jnp.inf, accumulator),
+        jnp.zeros(shape, accumulator),
+        jnp.zeros((*shape, x.v.shape[-1]), accumulator),
+      )
+
     largest, total, out = _walk_chunks(
-      config, x, columns, walk, i, visit, state
+      config,
+      arrays,
+      columns,
+      walk,
+      i,
+      visit,
+      None if config.single else nothing_seen(),
     )
     some = total > 0
     total = jnp.where(some, total, 1.0)
     lse = jnp.where(some, largest + jnp.log(total), -jnp.inf)
-    return None, (out / total[..., None], lse)
+    return None, (flat(out / total[..., None], 4), lse)
 
   _, (out, lse) = _each_block(one_block, None, len(walk.first))
-  return _join(out, num_rows), _join(lse, num_rows)
+  *leading, _, _ = x.q.shape
+  shape = (*leading, num_rows, x.v.shape[-1])
+  return unflat(_join(out, 1, num_rows), shape, 4), _join(lse, 4, num_rows)
 
 
 def backward(
@@ -106,6 +119,7 @@ def backward(
   lse = jnp.where(lse == -jnp.inf, 0.0, lse)
   lse, delta, dout = (_pad_rows(config, y, 4) for y in (lse, delta, dout))
   x, rows = _pad(config, x, rows)
+  arrays, dout = _store(x), Stored(dout, 4)
   if x.table is not None:
     num_table = x.table.shape[2] - 2 * _table_margin(config)
 
@@ -113,10 +127,9 @@ def backward(
     return None if y is None else jnp.zeros(y.shape, dtype)
 
   def one_block(sums, i):
-    queries = _query_block(config, x, rows, i)
-    block_lse, block_delta, block_dout = (
-      _rows_of(config, y, i, 4) for y in (lse, delta, dout)
-    )
+    queries = _query_block(config, arrays, rows, i)
+    block_lse, block_delta = (_rows_of(config, y, i, 4) for y in (lse, delta))
+    block_dout = dout.rows(i * config.block, config.block)
 
     def visit(state, chunk):
       dq, drelative, sums = state
@@ -152,9 +165,11 @@ def backward(
 
     state = (zeros(queries.q), zeros(queries.relative_q), sums)
     dq, drelative, sums = _walk_chunks(
-      config, x, columns, walk, i, visit, state
+      config, arrays, columns, walk, i, visit, state
     )
-    return sums, (dq, drelative)
+    if drelative is not None:
+      drelative = flat(drelative, 4)
+    return sums, (flat(dq, 4), drelative)
 
   sums = _Sums(zeros(x.k), zeros(x.v), zeros(x.table), zeros(x.slopes))
   sums, (dq, drelative) = _each_block(one_block, sums, len(walk.first))
@@ -162,11 +177,16 @@ def backward(
   if dtable is not None and config.skewed:
     margin = _table_margin(config)
     dtable = dtable[:, :, margin : margin + num_table]
+
+  def join(blocks):
+    *leading, _, size = x.q.shape
+    return unflat(_join(blocks, 1, num_rows), (*leading, num_rows, size), 4)
+
   return Operands(
-    _join(dq, num_rows),
+    join(dq),
     sums.k,
     sums.v,
-    None if drelative is None else _join(drelative, num_rows),
+    None if drelative is None else join(drelative),
     dtable,
     sums.slopes,
   )
@@ -183,13 +203,37 @@ def _accumulator(q):
   return jnp.promote_types(q.dtype, jnp.float32)
 
 
+class _Arrays(NamedTuple):
+  """Operands, as they are kept while walked over."""
+
+  q: Stored
+  k: Stored
+  k_transposed: Transposed
+  v: Stored
+  relative_q: Stored | None
+  table: Array | None
+  slopes: Array | None
+
+
+def _store(x):
+  return _Arrays(
+    Stored(x.q, 4),
+    Stored(x.k, 3),
+    Transposed(x.k),
+    Stored(x.v, 3),
+    None if x.relative_q is None else Stored(x.relative_q, 4),
+    x.table,
+    x.slopes,
+  )
+
+
 def _query_block(config, x, rows, i):
-  take = functools.partial(_rows_of, config, i=i)
+  start = i * config.block
   return tiles.QueryBlock(
-    take(x.q, axis=4),
-    None if x.relative_q is None else take(x.relative_q, axis=4),
-    jax.tree.map(lambda y: take(y, axis=4), rows),
-    i * config.block,
+    x.q.rows(start, config.block),
+    None if x.relative_q is None else x.relative_q.rows(start, config.block),
+    jax.tree.map(lambda y: _rows_of(config, y, i, 4), rows),
+    start,
   )
 
 
@@ -207,17 +251,12 @@ def _rows_of(config, y, i, axis):
 
 def _walk_chunks(config, x, columns, walk, i, visit, state):
   """Folds `visit` over the chunks of keys that block i visits."""
-  num_keys = x.k.shape[3]
+  num_keys = x.k.num_rows
   first, last = walk.first[i], walk.last[i]
 
   def visit_chunk(c, state):
     new = first + c * config.chunk
     start = jnp.clip(new, 0, num_keys - config.chunk)
-    take = functools.partial(
-      jax.lax.dynamic_slice_in_dim,
-      start_index=start,
-      slice_size=config.chunk,
-    )
     table, table_start = x.table, 0
     if config.skewed:
       # Rows for the distances of this tile, furthest ahead first.
@@ -230,9 +269,13 @@ def _walk_chunks(config, x, columns, walk, i, visit, state):
       )
       table = jax.lax.dynamic_slice_in_dim(x.table, table_start, size, 2)
     chunk = tiles.Chunk(
-      take(x.k, axis=3),
-      take(x.v, axis=3),
-      jax.tree.map(lambda y: take(y, axis=4), columns),
+      x.k.rows(start, config.chunk),
+      x.k_transposed.rows(start, config.chunk),
+      x.v.rows(start, config.chunk),
+      jax.tree.map(
+        lambda y: jax.lax.dynamic_slice_in_dim(y, start, config.chunk, 4),
+        columns,
+      ),
       start,
       new,
       table,
@@ -281,11 +324,11 @@ def _pad(config, x, rows):
   return x, padded._replace(lo=pad(rows.lo, value=1))
 
 
-def _join(blocks, num_rows):
-  """[blocks, B, C, K, R, block, ...] -> [B, C, K, R, rows, ...]."""
-  y = jnp.moveaxis(blocks, 0, 4)
-  y = y.reshape(*y.shape[:4], y.shape[4] * y.shape[5], *y.shape[6:])
-  return y[:, :, :, :, :num_rows]
+def _join(blocks, axis, num_rows):
+  """[blocks, ..., block, ...] -> [..., rows, ...], rows on `axis`."""
+  y = jnp.moveaxis(blocks, 0, axis)
+  y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+  return jax.lax.slice_in_dim(y, 0, num_rows, axis=axis)
 
 
 def _add_at(total, part, start, axis):

@@ -37,12 +37,12 @@ class Static:
 
 
 class Encoded(NamedTuple):
-  """Heads before length; rotated as a branch's distance tells."""
+  """Rotated as a branch's distance tells."""
 
-  q: Float[Array, 'B H T D']
-  k: Float[Array, 'B K S D']
-  v: Float[Array, 'B K S E']
-  relative_q: Float[Array, 'B H T D'] | None
+  q: Float[Array, 'B T H D']
+  k: Float[Array, 'B S K D']
+  v: Float[Array, 'B S K E']
+  relative_q: Float[Array, 'B T H D'] | None
 
 
 def told(static, where, distance):
@@ -54,15 +54,14 @@ def told(static, where, distance):
 
 
 def encode(static, x, auxiliary, distance):
-  q, k, v = (y.swapaxes(1, 2) for y in (x.q, x.k, x.v))
-  relative_q = None
+  q, k, v, relative_q = x.q, x.k, x.v, None
   if isinstance(x.position, TransformerXL):
-    u, w = (y[:, None].astype(q.dtype) for y in (x.position.u, x.position.v))
+    u, w = (y.astype(q.dtype) for y in (x.position.u, x.position.v))
     q, relative_q = q + u, q + w
   elif x.position is not None:
     q_told, k_told = told(static, auxiliary.where, distance)
-    q = x.position.rotate(q, q_told[:, None])
-    k = x.position.rotate(k, k_told[:, None])
+    q = x.position.rotate(q, q_told[:, :, None])
+    k = x.position.rotate(k, k_told[:, :, None])
   return Encoded(q, k, v, relative_q)
 
 
@@ -80,12 +79,12 @@ def take_heads(x, heads, axis):
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def put_heads(x, part, heads):
-  """x with `part` [B, len(heads), ...] in the place of its numbered heads."""
+def put_heads(x, part, heads, axis):
+  """x with `part` in the place of its numbered heads."""
   done = 0
   for run in _runs(heads):
-    piece = part[:, done : done + len(run)]
-    x = jax.lax.dynamic_update_slice_in_dim(x, piece, int(run[0]), 1)
+    piece = jax.lax.slice_in_dim(part, done, done + len(run), axis=axis)
+    x = jax.lax.dynamic_update_slice_in_dim(x, piece, int(run[0]), axis)
     done += len(run)
   return x
 

@@ -28,7 +28,7 @@ from longjax.positions import ALiBi, TransformerXL, XPos
 
 # Queries in a block, keys visited at a time, and how many keys a block may see
 # for them to be visited all at once. Measured on CPU; see the benchmarks.
-BLOCK = 128
+BLOCK = 64
 CHUNK = 512
 SINGLE = 1024
 
@@ -67,7 +67,7 @@ class _Task:
     self.position = x.position
 
   def forward(self, encoded, position, auxiliary):
-    """(out [B, H, T, E], lse [B, H, T]) of the task's heads."""
+    """(out [B, T, H, E], lse [B, T, H]) of the task's heads."""
 
     def run(encoded, auxiliary):
       plan = self.plan(auxiliary)
@@ -83,7 +83,7 @@ class _Task:
     """Cotangents of `encoded` and `position`."""
     heads = self.heads
     if heads is not None:
-      lse, delta, dout = (take_heads(y, heads, 1) for y in (lse, delta, dout))
+      lse, delta, dout = (take_heads(y, heads, 2) for y in (lse, delta, dout))
 
     def run(encoded, auxiliary, lse, delta, dout):
       plan = self.plan(auxiliary)
@@ -252,12 +252,12 @@ class BranchTask(_Task):
     view, config = plan.view, plan.config
     q, k, v, relative_q = encoded
     if self.heads is not None:
-      q = take_heads(q, self.heads, 1)
+      q = take_heads(q, self.heads, 2)
       relative_q = (
-        None if relative_q is None else take_heads(relative_q, self.heads, 1)
+        None if relative_q is None else take_heads(relative_q, self.heads, 2)
       )
     if self._own_kv_heads:
-      k, v = (take_heads(y, self._kv_heads_of(), 1) for y in (k, v))
+      k, v = (take_heads(y, self._kv_heads_of(), 2) for y in (k, v))
     return band.Operands(
       view.queries(q),
       view.keys(k),
@@ -460,7 +460,7 @@ class GlobalTask(_Task):
     slots, _ = self._slots(auxiliary)
 
     def gather(y):
-      return view.keys(jnp.take_along_axis(y, slots[:, None, :, None], axis=2))
+      return view.keys(jnp.take_along_axis(y, slots[:, :, None, None], axis=1))
 
     q, k, v, relative_q = encoded
     return band.Operands(

@@ -9,6 +9,7 @@ Integer arrays have the same leading axes, each of full size or 1.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -102,6 +103,7 @@ class QueryBlock(NamedTuple):
 
 class Chunk(NamedTuple):
   k: Array
+  k_transposed: Array  # equal to k; how it is stored differs
   v: Array
   columns: Columns
   start: Array  # the first key row's number
@@ -115,7 +117,10 @@ class Chunk(NamedTuple):
 class RowMajor:
   """Tiles [B, C, K, R, queries, keys]: what the forward pass wants."""
 
-  scores = 'bckrtd,bcksd->bckrts'
+  @staticmethod
+  def scores(q, k, k_transposed):
+    del k
+    return einsum('bckrtd,bcksd->bckrts', q, k_transposed)
 
   @staticmethod
   def of_queries(y):
@@ -140,7 +145,9 @@ class RowMajor:
 class KeyMajor:
   """Tiles [B, C, K, keys, R, queries]: no transposed copy for dK and dV."""
 
-  scores = 'bckrtd,bcksd->bcksrt'
+  @staticmethod
+  def scores(q, k, k_transposed):
+    return _key_major_scores(q, k, k_transposed)
 
   @staticmethod
   def of_queries(y):
@@ -180,6 +187,28 @@ def einsum(equation, a, b):
   )
 
 
+@jax.custom_vjp
+def _key_major_scores(q, k, k_transposed):
+  del k_transposed
+  return einsum('bckrtd,bcksd->bcksrt', q, k)
+
+
+def _key_major_forward(q, k, k_transposed):
+  return _key_major_scores(q, k, k_transposed), (q, k_transposed)
+
+
+def _key_major_backward(residuals, ds):
+  q, k = residuals
+  # With k on the left, and so stored, nothing as large as ds is transposed.
+  dq = einsum('bcksd,bcksrt->bckdrt', k, ds)
+  dq = jnp.moveaxis(dq, 3, 5).astype(q.dtype)
+  dk = einsum('bcksrt,bckrtd->bcksd', ds, q).astype(k.dtype)
+  return dq, dk, None
+
+
+_key_major_scores.defvjp(_key_major_forward, _key_major_backward)
+
+
 def seen(config, axes, queries, chunk):
   """Who sees whom in the tile."""
   rows, columns = queries.rows, chunk.columns
@@ -203,15 +232,16 @@ def seen(config, axes, queries, chunk):
 
 def logits(config, axes, tile, queries, chunk):
   """Scaled, biased and capped logits of a tile."""
-  q, k = tile.q, tile.k
+  q, k, k_transposed = tile.q, tile.k, chunk.k_transposed
   rows, columns = queries.rows, chunk.columns
   if config.xpos is not None:
     # The furthest row: rows that see nothing are told less than any other.
     centre = rows.told.max(axis=-1, keepdims=True)
     q = config.xpos.damp(q, rows.told - centre)
     # Columns have a heads-per-kv-head axis of 1 here.
-    k = config.xpos.damp(k, (centre - columns.told)[:, :, :, 0])
-  s = einsum(axes.scores, q, k)
+    ahead = (centre - columns.told)[:, :, :, 0]
+    k, k_transposed = (config.xpos.damp(y, ahead) for y in (k, k_transposed))
+  s = axes.scores(q, k, k_transposed)
   if tile.table is not None:
     products = einsum('bckrtd,krnd->bckrtn', tile.relative_q, tile.table)
     if config.skewed:

@@ -1,6 +1,6 @@
 """Views of the sequence in which a branch's keys are a plain interval.
 
-A view turns [B, H, T, ...] queries and [B, K, S, ...] keys into rows with the
+A view turns [B, T, H, ...] queries and [B, S, K, ...] keys into rows with the
 axes [B, C, K, R, rows, ...] and [B, C, K, rows, ...] of `band`, and results
 back. Dilation and LongNet's thinning are views, never masks: no work is spent
 on pairs that the stride leaves out.
@@ -33,17 +33,19 @@ class Identity:
     self.shift = q_offset - k_offset
 
   def queries(self, x):
-    """[B, H, T, ...] -> [B, C, K, R, rows, ...]."""
-    return self._grouped(x[:, None])
+    """[B, T, H, ...] -> [B, C, K, R, rows, ...]."""
+    return self._split(x, 1, (self.kv_heads, self.group))
 
   def keys(self, x):
-    """[B, K, S, ...] -> [B, C, K, rows, ...]."""
-    return x[:, None]
+    """[B, S, K, ...] -> [B, C, K, rows, ...]."""
+    return self._split(x, 1, (x.shape[2],))
 
   def restore(self, y, fill):
-    """[B, C, K, R, rows, ...] -> [B, H, T, ...]; `fill` for rows left out."""
+    """[B, C, K, R, rows, ...] -> [B, T, H, ...]; `fill` for rows left out."""
     del fill
-    return y.reshape(y.shape[0], self.kv_heads * self.group, *y.shape[4:])
+    y = jnp.moveaxis(y, 4, 1)
+    batch, rows, classes, kv_heads, group, *rest = y.shape
+    return y.reshape(batch, rows * classes, kv_heads * group, *rest)
 
   def query_values(self, x, fill):
     """Integers [b, T] of the queries -> [b, c, k, r, rows]."""
@@ -63,8 +65,16 @@ class Identity:
     """The last row that holds key `slot` (in [-1, S - 1]) or an earlier one."""
     return slot
 
-  def _grouped(self, x):
-    return x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:])
+  @staticmethod
+  def _split(x, classes, heads):
+    """[B, rows * classes, H, ...] -> [B, classes, *heads, rows, ...].
+
+    One reshape and one transpose: XLA then cancels it against the inverse in
+    `band`, where one class needs no copy.
+    """
+    batch, length, _, *rest = x.shape
+    x = x.reshape(batch, length // classes, classes, *heads, *rest)
+    return jnp.moveaxis(x, 1, 2 + len(heads))
 
 
 class Classes(Identity):
@@ -87,48 +97,41 @@ class Classes(Identity):
     self.num_columns = self._room // stride
 
   def queries(self, x):
-    return self._grouped(self._split_queries(x, 0))
+    heads = (self.kv_heads, self.group)
+    return self._split(self._pad_queries(x, 0), self.stride, heads)
 
   def keys(self, x):
-    return self._split_keys(x, 0)
+    return self._split(self._pad_keys(x, 0), self.stride, (x.shape[2],))
 
   def restore(self, y, fill):
-    y = y.reshape(*y.shape[:2], self.kv_heads * self.group, *y.shape[4:])
-    y = jnp.moveaxis(y, 1, 3)
-    y = y.reshape(*y.shape[:2], self.num_rows * self.stride, *y.shape[4:])
-    return y[:, :, : self._slots]
+    return super().restore(y, fill)[:, : self._slots]
 
   def query_values(self, x, fill):
-    return self._split_queries(x[:, None], fill)[:, :, :, None]
+    x = self._pad_queries(x, fill)[:, :, None, None]
+    return self._split(x, self.stride, (1, 1))[..., 0]
 
   def key_values(self, x, fill):
-    return self._split_keys(x[:, None], fill)[:, :, :, None]
+    x = self._pad_keys(x, fill)[:, :, None, None]
+    return self._split(x, self.stride, (1, 1))[..., 0]
 
   def first_row(self, slot):
     return (slot + self._lead) // self.stride
 
   last_row = first_row
 
-  def _split_queries(self, x, fill):
-    missing = self.num_rows * self.stride - x.shape[2]
+  def _pad_queries(self, x, fill):
+    missing = self.num_rows * self.stride - x.shape[1]
     widths = [(0, 0)] * x.ndim
-    widths[2] = (0, missing)
-    return self._classes(jnp.pad(x, widths, constant_values=fill))
+    widths[1] = (0, missing)
+    return jnp.pad(x, widths, constant_values=fill)
 
-  def _split_keys(self, x, fill):
+  def _pad_keys(self, x, fill):
     if isinstance(self._lead, int):
       widths = [(0, 0)] * x.ndim
-      widths[2] = (self._lead, self._room - self._lead - x.shape[2])
-      return self._classes(jnp.pad(x, widths, constant_values=fill))
-    room = jnp.full((*x.shape[:2], self._room, *x.shape[3:]), fill, x.dtype)
-    return self._classes(
-      jax.lax.dynamic_update_slice_in_dim(room, x, self._lead, 2)
-    )
-
-  def _classes(self, x):
-    """[B, H, rows * stride, ...] -> [B, stride, H, rows, ...]."""
-    x = x.reshape(*x.shape[:2], -1, self.stride, *x.shape[3:])
-    return jnp.moveaxis(x, 3, 1)
+      widths[1] = (self._lead, self._room - self._lead - x.shape[1])
+      return jnp.pad(x, widths, constant_values=fill)
+    room = jnp.full((x.shape[0], self._room, *x.shape[2:]), fill, x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(room, x, self._lead, 1)
 
 
 @jax.custom_vjp
@@ -178,18 +181,20 @@ class Taken(Identity):
   key_inverse: Int[Array, 'H S']
 
   def queries(self, x):
-    if self.query_index is not None:
-      x = take_rows(x, self.query_index, self.query_inverse)
-    return super().queries(x)
+    if self.query_index is None:
+      return super().queries(x)
+    x = take_rows(x.swapaxes(1, 2), self.query_index, self.query_inverse)
+    return x.reshape(len(x), 1, self.kv_heads, self.group, *x.shape[2:])
 
   def keys(self, x):
-    return take_rows(x, self.key_index, self.key_inverse)[:, None]
+    x = take_rows(x.swapaxes(1, 2), self.key_index, self.key_inverse)
+    return x[:, None]
 
   def restore(self, y, fill):
-    y = super().restore(y, fill)
     if self.query_index is None:
-      return y
-    return _take(y, self.query_inverse, fill)
+      return super().restore(y, fill)
+    y = y.reshape(len(y), self.kv_heads * self.group, *y.shape[4:])
+    return _take(y, self.query_inverse, fill).swapaxes(1, 2)
 
   def query_values(self, x, fill):
     if self.query_index is None:

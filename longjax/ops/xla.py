@@ -70,21 +70,21 @@ def _forward(static, x, auxiliary):
       merged = part if merged is None else merge([merged, part])
     else:
       if merged is None:
-        shape = (batch, num_heads, num_queries)
+        shape = (batch, num_queries, num_heads)
         merged = (
           jnp.zeros((*shape, x.v.shape[-1]), part[0].dtype),
           jnp.full(shape, -jnp.inf, part[1].dtype),
         )
       # Each head is in few branches: only its own rows are merged.
-      mine = tuple(take_heads(y, task.heads, 1) for y in merged)
+      mine = tuple(take_heads(y, task.heads, 2) for y in merged)
       mine = merge([mine, part])
       merged = tuple(
-        put_heads(y, new, task.heads)
+        put_heads(y, new, task.heads, 2)
         for y, new in zip(merged, mine, strict=True)
       )
   if static.pattern.detached:
     merged = merge(parts)
-  out, lse = (y.swapaxes(1, 2) for y in merged)
+  out, lse = merged
   out = out.astype(x.q.dtype)
   outs = [part[0] for part in parts]
   return (out, lse), (x, auxiliary, out, lse, outs)
@@ -92,8 +92,7 @@ def _forward(static, x, auxiliary):
 
 def _backward(static, residuals, cotangents):
   x, auxiliary, out, lse, outs = residuals
-  dout, dlse = (y.swapaxes(1, 2) for y in cotangents)
-  out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+  dout, dlse = cotangents
   dout = dout.astype(lse.dtype)
   # A row that sees nothing has no softmax denominator to speak of.
   dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)
