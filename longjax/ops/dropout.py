@@ -30,6 +30,37 @@ def _mix(x):
   return x ^ (x >> 16)
 
 
+def _u32(x):
+  return jnp.asarray(x).astype(jnp.uint32)
+
+
+def query_words(
+  seed: UInt32[Array, '2'],
+  row: Int[Array, '...'],
+  head: Int[Array, '...'],
+  q_position: Int[Array, '...'],
+) -> UInt32[Array, '...']:
+  """What the query's side adds to an entry's hash; broadcasts."""
+  word = _mix(seed[0] ^ _mix(_u32(row) + _GOLDEN))
+  word = _mix(word ^ _mix(_u32(head) + _GOLDEN))
+  return _mix(word ^ _u32(q_position))
+
+
+def key_words(
+  seed: UInt32[Array, '2'], k_position: Int[Array, '...']
+) -> UInt32[Array, '...']:
+  """What the key's side adds to an entry's hash."""
+  return _mix(seed[1] ^ (_u32(k_position) * _GOLDEN))
+
+
+def keep(
+  rate: float, query: UInt32[Array, '...'], key: UInt32[Array, '...']
+) -> Bool[Array, '...']:
+  """Which entries are kept, from the words of both sides."""
+  bits = _mix(query + key)
+  return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
 def keep_mask(
   seed: UInt32[Array, '2'],
   rate: float,
@@ -39,13 +70,5 @@ def keep_mask(
   k_position: Int[Array, '...'],
 ) -> Bool[Array, '...']:
   """Which entries are kept, each with probability 1 - rate; broadcasts."""
-
-  def u32(x):
-    return jnp.asarray(x).astype(jnp.uint32)
-
-  query = _mix(seed[0] ^ _mix(u32(row) + _GOLDEN))
-  query = _mix(query ^ _mix(u32(head) + _GOLDEN))
-  query = _mix(query ^ u32(q_position))
-  key = _mix(seed[1] ^ (u32(k_position) * _GOLDEN))
-  bits = _mix(query + key)
-  return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+  query = query_words(seed, row, head, q_position)
+  return keep(rate, query, key_words(seed, k_position))
