@@ -13,13 +13,14 @@ INSTALL := sh tools/venv.sh '3.12 3.13' .venv --constraint constraints.txt --edi
 # An environment is made again when one of these changes.
 MADE_FROM := setup.py pyproject.toml constraints.txt tools/venv.sh
 
-.PHONY: help setup demo test test-full goldens format clean
+.PHONY: help setup demo test test-full gpu goldens format clean
 
 help:
 	@echo 'make demo       train a small long-context model here, and look at it'
 	@echo 'make setup      the environment for working on longjax, in .venv'
 	@echo 'make test       formatting, lint, all tests'
 	@echo 'make test-full  the same with the whole option grid'
+	@echo 'make gpu        on a Hopper GPU: kernels checked, then timed'
 	@echo 'make goldens    write tests/goldens again with PyTorch'
 	@echo 'make format     format the code and mend what lint can'
 	@echo 'make clean      remove environments, caches, builds (runs/ stays)'
@@ -43,6 +44,10 @@ test-full: lint
 lint: .venv/.made-test
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+
+# Needs no environment of ours: any python3 with jax[cuda13] will do.
+gpu:
+	sh experiments/benchmarks/gpu.sh
 
 goldens: .venv-goldens/.made
 	.venv-goldens/bin/python tests/goldens/make_goldens.py

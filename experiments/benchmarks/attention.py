@@ -379,7 +379,9 @@ def main(arguments=None):
   record.values['runs'].append(
     {
       'command': ' '.join(
-        ['python -m experiments.benchmarks.attention', *sys.argv[1:]]
+        ['python -m experiments.benchmarks.attention']
+        # Folders are of this machine only.
+        + [a for a in sys.argv[1:] if '/' not in a]
       ),
       'commit': args.commit or commit(),
       'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),

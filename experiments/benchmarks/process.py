@@ -7,6 +7,7 @@ worker.py; what goes wrong inside a request is an answer, {"error": ...}.
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
@@ -128,5 +129,7 @@ def serve(commands, **ready):
       traceback.print_exc()
       # The first lines hold the reason; compilers append pages.
       reason = f'{type(error).__name__}: {error}'.strip()
+      # Folders are of this machine only.
+      reason = re.sub(r'(/[\w.+-]+)+/', '', reason)
       answer = {'error': reason[:600]}
     answers.write(json.dumps(answer) + '\n')
