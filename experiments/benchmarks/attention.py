@@ -259,14 +259,14 @@ def run(args, record, todo):
       Lane(pythons, environment, scratch, log, hangs) for _ in range(args.lanes)
     ]
     try:
-      this_run = record.values['runs'][-1]
-      this_run['rates'] = measure_rates(lanes[0])
-      record.write()
       left, last = list(todo), 0.0
       for batch in batches(todo, args.lanes):
         started = time.monotonic()
         if started + last > deadline:
           break
+        if batch[0] is todo[0]:
+          record.values['runs'][-1]['rates'] = measure_rates(lanes[0])
+          record.write()
         if not time_batch(args, record, batch, lanes, deadline):
           break
         left = left[len(batch) :]
