@@ -62,8 +62,8 @@ def attention(
       (key, batch row, head, query position, key position).
     scale: of the products q . k; 1 / sqrt(head size) if None.
     logit_soft_cap: c in c * tanh(logit / c), after scale and bias.
-    implementation: 'xla', 'reference', a sequence to try in order, or None for
-      the platform's order.
+    implementation: 'mosaic_gpu', 'mosaic_tpu', 'cudnn', 'xla', 'reference', a
+      sequence of them to try in order, or None for the platform's order.
     return_lse: also return the log of the softmax denominators.
 
   Returns:
@@ -123,6 +123,7 @@ def attention(
     dropout_seed=seed_of(dropout_key) if dropout_rate else None,
     scale=head_dim**-0.5 if scale is None else float(scale),
     logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
+    return_lse=return_lse,
   )
   out, lse = dispatch.run(call, implementation)
   out = out.astype(q.dtype)

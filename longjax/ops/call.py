@@ -25,3 +25,4 @@ class Call:
   dropout_seed: UInt32[Array, '2'] | None
   scale: float
   logit_soft_cap: float | None
+  return_lse: bool

@@ -14,14 +14,17 @@ import jax
 from longjax.ops.call import Call
 
 _MODULES = {
-  'xla': 'longjax.ops.xla',
+  'cudnn': 'longjax.ops.cudnn',
+  'mosaic_gpu': 'longjax.ops.mosaic_gpu',
+  'mosaic_tpu': 'longjax.ops.mosaic_tpu',
   'reference': 'longjax.ops.reference',
+  'xla': 'longjax.ops.xla',
 }
 # What implementation=None tries, first to last.
 ORDER = {
   'cpu': ('xla',),
-  'gpu': ('xla',),
-  'tpu': ('xla',),
+  'gpu': ('mosaic_gpu', 'cudnn', 'xla'),
+  'tpu': ('mosaic_tpu', 'xla'),
 }
 
 

@@ -1,0 +1,2 @@
+def config_for(kernels, kernel, spec, x):
+  return None
