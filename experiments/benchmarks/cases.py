@@ -19,13 +19,14 @@ MOSAIC, XLA = 'longjax mosaic_gpu', 'longjax xla'
 CUDNN, TOKAMAX = 'cuDNN (jax.nn)', 'tokamax'
 FLEX, FLASH = 'FlexAttention', 'PyTorch flash'
 TORCH_CUDNN, GATHER = 'PyTorch cuDNN', 'gather-flash-scatter'
+GATHER_FLEX = 'gather-FlexAttention-scatter'
 HF = 'Hugging Face'
 # Processes, and who runs in which: a kernel that hangs takes only itself down,
 # and what compiles long does so beside the others.
 WORKERS = {
   'mosaic': (MOSAIC,),
   'jax': (CUDNN, TOKAMAX, XLA),
-  'flex': (FLEX,),
+  'flex': (FLEX, GATHER_FLEX),
   'torch': (FLASH, TORCH_CUDNN, GATHER, HF),
 }
 
@@ -78,7 +79,7 @@ class Case:
     return {
       'longformer': (FLEX, XLA),
       'layer': (HF, XLA),
-      'dilation': (GATHER, FLEX, XLA),
+      'dilation': (GATHER, GATHER_FLEX, FLEX, XLA),
       # No mask says that a key is seen by several branches.
       'longnet': (GATHER, XLA),
       'lambda': (FLEX, XLA),

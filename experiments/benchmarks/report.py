@@ -8,6 +8,7 @@ from experiments.benchmarks.cases import (
   FLASH,
   FLEX,
   GATHER,
+  GATHER_FLEX,
   HF,
   MODES,
   MOSAIC,
@@ -17,7 +18,17 @@ from experiments.benchmarks.cases import (
 )
 
 FORWARD, BOTH = MODES
-RIVALS = (CUDNN, FLEX, FLASH, TORCH_CUDNN, GATHER, HF, TOKAMAX, XLA)
+RIVALS = (
+  CUDNN,
+  FLEX,
+  FLASH,
+  TORCH_CUDNN,
+  GATHER,
+  GATHER_FLEX,
+  HF,
+  TOKAMAX,
+  XLA,
+)
 
 
 def best_rate(run, unit):
@@ -96,12 +107,15 @@ def targets(record):
       )
     if FLEX in rivals:
       add(f'{name}: forward, {FLEX} / ours', ratio(FLEX, FORWARD), 1.15)
+      # Of the two that the project measures itself by.
       both = [ratio(who, 'backward') for who in (FLEX, CUDNN) if who in rivals]
       best = min((r for r in both if r == r), default=math.nan)
       add(f'{name}: backward, the better of them / ours', best, 1.0)
     if GATHER in rivals:
       for mode in MODES:
-        add(f'{name}: {mode}, {GATHER} / ours', ratio(GATHER, mode), 2.5)
+        ways = [ratio(who, mode) for who in (GATHER, GATHER_FLEX)]
+        best = min((r for r in ways if r == r), default=math.nan)
+        add(f'{name}: {mode}, {GATHER} / ours', best, 2.5)
     if (case.family, case.length, case.num_globals) == ('layer', 16384, 64):
       add(f'{name}: {BOTH}, {HF} / ours', ratio(HF, BOTH), 8.0)
       share = memory(entry, MOSAIC, BOTH) / memory(entry, HF, BOTH)

@@ -5,6 +5,7 @@ a CPU, which the rehearsal uses, FlexAttention runs uncompiled and a dense
 function stands in for the flash kernel.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -149,27 +150,40 @@ def of_torch_cudnn(case):
   return attend
 
 
-def of_gathered_classes(case):
-  """A dilated window as a window over copies of the residue classes."""
-  branch = case.branches[0]
-  b, t, h, d, n = (
-    case.batch,
-    case.length,
-    case.heads,
-    case.size,
-    branch.stride,
-  )
+def of_gathered_classes(case, window=flash):
+  """A dilated window as a window over copies of the residue classes.
+
+  Args:
+    window: computes (q, k, v, left, right) -> (out, anything).
+  """
+  branch, n = case.branches[0], case.branches[0].stride
+  b, t, h, d = case.batch, case.length, case.heads, case.size
 
   def attend(q, k, v):
     folded = (
       x.view(b, t // n, n, h, d).transpose(1, 2).reshape(b * n, t // n, h, d)
       for x in (q, k, v)
     )
-    out, _ = flash(*folded, branch.left, branch.right)
-    out = out.view(b, n, t // n, h, d).transpose(1, 2)
+    out, _ = window(*folded, branch.left, branch.right)
+    out = out.reshape(b, n, t // n, h, d).transpose(1, 2)
     return out.reshape(b, t, h, d)
 
   return attend
+
+
+def of_gathered_flex(case):
+  """The same with FlexAttention on the copies."""
+  (branch,) = case.branches
+  classes = dataclasses.replace(
+    case,
+    batch=case.batch * branch.stride,
+    length=case.length // branch.stride,
+    branches=(dataclasses.replace(branch, stride=1),),
+  )
+  attend = of_flex(classes)
+  return of_gathered_classes(
+    case, lambda q, k, v, left, right: (attend(q, k, v), None)
+  )
 
 
 def of_gathered_segments(case):
@@ -239,6 +253,7 @@ ATTEND = {
   cases.FLASH: of_flash,
   cases.TORCH_CUDNN: of_torch_cudnn,
   cases.GATHER: of_gather,
+  cases.GATHER_FLEX: of_gathered_flex,
 }
 
 
@@ -291,7 +306,7 @@ def prepare(who, case, reference):
   sets = [arrays[i : i + 4] for i in range(0, len(arrays), 4)]
   # FlexAttention has no gradient on a CPU, and one program serves both modes
   # if gradients are always on.
-  modes = cases.MODES[: 1 if who == cases.FLEX and not ON_GPU else 2]
+  modes = cases.MODES[: 1 if who in cases.WORKERS['flex'] and not ON_GPU else 2]
   for q, k, v, _ in sets:
     for x in (q, k, v):
       x.requires_grad_(len(modes) > 1)
@@ -408,7 +423,7 @@ def prepare_layer(case, reference):
 def rates():
   n, seconds = (8192, 0.3) if ON_GPU else (128, 0.01)
   a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
-  source = torch.ones(32 * n * n, device=DEVICE)
+  source = torch.ones(8 * n * n, device=DEVICE)
   target = torch.empty_like(source)
 
   def best(f, *arguments):

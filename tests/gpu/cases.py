@@ -187,9 +187,6 @@ def _calls():
     q_positions=jnp.array([500, 320], jnp.int32),
     **rope,
   )
-  add(
-    'chunk of LongNet', dilated, length=256, q_positions=1024, kv_positions=1024
-  )
   add('few queries', longjax.Full(causal=False), length=3, kv_length=3000)
   return found
 

@@ -15,8 +15,10 @@ cases in Pallas' interpreter on a CPU.
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import queue
+import re
 import sys
 import threading
 import time
@@ -212,11 +214,12 @@ def interpreting():
 
 
 def names():
+  """All cases; first those of the usual head sizes."""
   from tests.gpu import cases
 
-  return [f'kernel: {name}' for name in cases.KERNELS] + [
-    f'call: {name}' for name in cases.CALLS
-  ]
+  found = [f'kernel: {name}' for name in cases.KERNELS]
+  found += [f'call: {name}' for name in cases.CALLS]
+  return sorted(found, key=lambda name: bool(re.search('D(32|96|256)', name)))
 
 
 def check(name, implementation):
@@ -298,6 +301,9 @@ def main(arguments=None):
   environment = {
     'JAX_PLATFORMS': 'cpu' if args.rehearse else 'cuda,cpu',
     'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+    # Most of the time is compiling, and how fast XLA's part is matters not.
+    'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')
+    + ' --xla_gpu_autotune_level=0',
   }
   folder = pathlib.Path(args.record) if args.record else None
   log = None
