@@ -21,6 +21,12 @@ DATA = [
   'tokenizers>=0.20',
 ]
 
+INTEROP = [
+  'safetensors>=0.5',
+  'sentencepiece>=0.2',
+  'tokenizers>=0.20',
+]
+
 setup(
   name='longjax',
   version=VERSION,
@@ -53,8 +59,11 @@ setup(
     'data': DATA,
     # The downloads of tensorflow-datasets' own catalogue use TensorFlow.
     'tfds': [*DATA, 'tensorflow-cpu>=2.20'],
+    # Pretrained models' weights and tokenizers.
+    'interop': INTEROP,
     'notebooks': ['ipykernel', 'nbconvert'],
     'test': [
+      *INTEROP,
       'beartype',
       'build',
       'flatbuffers',

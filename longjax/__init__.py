@@ -29,6 +29,7 @@ _ROOMS = (
   'data',
   'evaluation',
   'generation',
+  'interop',
   'models',
   'nn',
   'ops',

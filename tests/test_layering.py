@@ -31,6 +31,8 @@ ONLY_IN = {
   'orbax': {'training'},
   'tensorflow_datasets': {'data'},
   'grain': {'data'},
+  'safetensors': {'interop'},
+  'sentencepiece': {'interop'},
   'pooch': {'data'},
 }
 # Packages that a bare machine lacks: imported where used, not with a module.
@@ -39,8 +41,11 @@ LAZY = {
   'matplotlib',
   'pooch',
   'requests',
+  'safetensors',
+  'sentencepiece',
   'tensorboardX',
   'tensorflow_datasets',
+  'tokenizers',
   'tqdm',
 }
 # ... but for this module, which is itself imported where used.

@@ -30,9 +30,12 @@ OPTIONAL = [
   'matplotlib',
   'ml_collections',
   'pooch',
+  'safetensors',
+  'sentencepiece',
   'tensorboardX',
   'tensorflow',
   'tensorflow_datasets',
+  'tokenizers',
   'tqdm',
 ]
 

@@ -49,8 +49,11 @@ class DecoderLM(nnx.Module):
     mlp_features: int | None = None,
     mlp: str = 'gelu',
     norm: str = 'layer',
+    norm_epsilon: float | None = None,
+    norm_bias: bool = True,
     norm_scale_std: float = 0.0,
     final_norm: bool = True,
+    parallel: bool = False,
     qk_norm: bool = False,
     attention_bias: bool = False,
     mlp_bias: bool = False,
@@ -81,10 +84,13 @@ class DecoderLM(nnx.Module):
       head_dim: features // num_heads by default.
       mlp_features: hidden size of the MLP; 4 * features by default, which for
         the gated kinds is half as many parameters again.
-      mlp: 'gelu' (exact), 'relu2', 'swiglu' or 'geglu'.
-      norm: 'layer' or 'rms'.
+      mlp: 'gelu' (exact), 'gelu_tanh', 'relu2', 'swiglu' or 'geglu'.
+      norm, norm_epsilon, norm_bias: 'layer' (epsilon 1e-5 by default) or 'rms'
+        (1e-6, no bias).
       norm_scale_std: norm scales start as N(1, norm_scale_std).
       final_norm: a norm after the last block.
+      parallel: attention and MLP of a block read one norm side by side, as in
+        GPT-J.
       qk_norm: an RMS norm of queries and keys over head_dim.
       attention_bias, mlp_bias, output_bias: biases of the projections of
         attention, of the MLP, and of the logits.
@@ -171,7 +177,10 @@ class DecoderLM(nnx.Module):
         head_dim=head_dim,
         mlp_features=mlp_features,
         norm=norm,
+        norm_epsilon=norm_epsilon,
+        norm_bias=norm_bias,
         norm_scale_std=norm_scale_std,
+        parallel=parallel,
         mlp=mlp,
         qk_norm=qk_norm,
         attention_bias=attention_bias,
@@ -200,6 +209,8 @@ class DecoderLM(nnx.Module):
       return make_norm(
         norm,
         features,
+        epsilon=norm_epsilon,
+        use_bias=norm_bias,
         scale_std=norm_scale_std,
         param_dtype=param_dtype,
         rngs=rngs,

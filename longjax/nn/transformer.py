@@ -12,6 +12,10 @@ def _gelu(x):
   return jax.nn.gelu(x, approximate=False)
 
 
+def _gelu_tanh(x):
+  return jax.nn.gelu(x, approximate=True)
+
+
 def _squared_relu(x):
   return jnp.square(jax.nn.relu(x))
 
@@ -19,17 +23,21 @@ def _squared_relu(x):
 # Activation, and whether a second projection gates it.
 MLPS = {
   'gelu': (_gelu, False),
+  'gelu_tanh': (_gelu_tanh, False),
   'relu2': (_squared_relu, False),
   'swiglu': (jax.nn.silu, True),
   'geglu': (_gelu, True),
 }
-NORMS = ('layer', 'rms')
+# Whether it subtracts the mean (and has a bias, unless told), and its epsilon.
+NORMS = {'layer': 1e-5, 'rms': 1e-6}
 
 
 def make_norm(
   norm: str,
   features: int,
   *,
+  epsilon: float | None = None,
+  use_bias: bool = True,
   scale_std: float = 0.0,
   param_dtype=jnp.float32,
   rngs: nnx.Rngs,
@@ -37,8 +45,10 @@ def make_norm(
   """A norm over features, computed and returned in float32.
 
   Args:
-    norm: 'layer' (scale and bias, epsilon 1e-5) or 'rms' (scale, 1e-6).
+    norm: 'layer' (scale and bias) or 'rms' (scale).
     features: size of the last axis.
+    epsilon: added to the variance; 1e-5 for 'layer' and 1e-6 for 'rms' if None.
+    use_bias: of 'layer'.
     scale_std: the scale starts as N(1, scale_std); Transformer-XL has 0.02.
     param_dtype: of scale and bias.
     rngs: source of randomness.
@@ -47,22 +57,23 @@ def make_norm(
     ValueError: for another name.
   """
   if norm not in NORMS:
-    raise ValueError(f'norm {norm!r} is not one of {NORMS}')
+    raise ValueError(f'norm {norm!r} is not one of {tuple(NORMS)}')
 
   def scale_init(key, shape, dtype):
     return 1 + scale_std * jax.random.normal(key, shape, dtype)
 
   kwargs = dict(
+    epsilon=NORMS[norm] if epsilon is None else epsilon,
     scale_init=scale_init,
     dtype=jnp.float32,
     param_dtype=param_dtype,
     rngs=rngs,
   )
   if norm == 'rms':
-    return nnx.RMSNorm(features, epsilon=1e-6, **kwargs)
+    return nnx.RMSNorm(features, **kwargs)
   # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
   return nnx.LayerNorm(
-    features, epsilon=1e-5, use_fast_variance=False, **kwargs
+    features, use_bias=use_bias, use_fast_variance=False, **kwargs
   )
 
 
@@ -115,7 +126,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)), dropout on both sums."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), dropout on both sums.
+
+  With `parallel`, x + attention(norm(x)) + mlp(norm(x)) with one norm for both
+  (GPT-J).
+  """
 
   def __init__(
     self,
@@ -128,7 +143,10 @@ class Block(nnx.Module):
     head_dim: int | None = None,
     mlp_features: int | None = None,
     norm: str = 'layer',
+    norm_epsilon: float | None = None,
+    norm_bias: bool = True,
     norm_scale_std: float = 0.0,
+    parallel: bool = False,
     mlp: str = 'gelu',
     qk_norm: bool = False,
     attention_bias: bool = False,
@@ -144,16 +162,20 @@ class Block(nnx.Module):
   ):
     self.dtype = jnp.dtype(dtype)
     self.dropout_rate = dropout_rate
-    self.attention_norm, self.mlp_norm = (
-      make_norm(
+
+    def make_own_norm():
+      return make_norm(
         norm,
         features,
+        epsilon=norm_epsilon,
+        use_bias=norm_bias,
         scale_std=norm_scale_std,
         param_dtype=param_dtype,
         rngs=rngs,
       )
-      for _ in range(2)
-    )
+
+    self.attention_norm = make_own_norm()
+    self.mlp_norm = None if parallel else make_own_norm()
     shared = dict(
       kernel_init=kernel_init,
       output_init=output_init,
@@ -199,7 +221,8 @@ class Block(nnx.Module):
     if cache is not None:
       mixed, cache = mixed
     x = x + dropout(mixed, self.dropout_rate, dropout_key, 1)
-    normed = self.mlp_norm(x).astype(self.dtype)
+    if self.mlp_norm is not None:
+      normed = self.mlp_norm(x).astype(self.dtype)
     hidden = self.mlp(normed, fold_in(dropout_key, 2))
     x = x + dropout(hidden, self.dropout_rate, dropout_key, 3)
     return x if cache is None else (x, cache)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longjax.positions.base import Position, inner_pairs
+from longjax.positions.rope_scaling import RoPEScaling
 
 
 def turns(inverse_frequency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +45,9 @@ def angles(
   return np.float32(2 * math.pi) * part
 
 
-def rotate_pairs(x, angle, *, interleaved: bool):
-  """Rotates the leading 2 * F features of x by F angles, in float32."""
+def rotate_pairs(x, angle, *, interleaved: bool, amplitude: float = 1.0):
+  """Rotates the leading 2 * F features of x by F angles, in float32, and
+  multiplies them by `amplitude`."""
   width = 2 * angle.shape[-1]
   y = x[..., :width].astype(jnp.promote_types(x.dtype, jnp.float32))
   if interleaved:
@@ -54,6 +56,8 @@ def rotate_pairs(x, angle, *, interleaved: bool):
   else:
     a, b = y[..., : width // 2], y[..., width // 2 :]
   cos, sin = jnp.cos(angle).astype(y.dtype), jnp.sin(angle).astype(y.dtype)
+  if amplitude != 1:
+    cos, sin = amplitude * cos, amplitude * sin
   a, b = a * cos - b * sin, a * sin + b * cos
   if interleaved:
     rotated = jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], width)
@@ -70,24 +74,30 @@ def rotate_pairs(x, angle, *, interleaved: bool):
 
 class _Rotary(Position):
   interleaved: bool
+  amplitude = 1.0
 
   def inverse_frequency(self, head_dim: int) -> np.ndarray:
     raise NotImplementedError
 
   def rotate(self, x, positions):
     angle = angles(positions, self.inverse_frequency(x.shape[-1]))
-    return rotate_pairs(x, angle, interleaved=self.interleaved)
+    return rotate_pairs(
+      x, angle, interleaved=self.interleaved, amplitude=self.amplitude
+    )
 
   def logits(self, q, k, distance, scale):
-    # Rotating q by the distance alone: only the difference matters.
+    # Rotating q by the distance alone: only the difference matters. Features
+    # that are rotated count `amplitude` twice, once for the key.
     rotated = self.rotate(q[:, None], distance[:, :, None])
-    return scale * inner_pairs(rotated, k)
+    return scale * inner_pairs(
+      rotated, self.rotate(k, 0 * distance[:, :, None])
+    )
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=(),
-  meta_fields=('base', 'fraction', 'interleaved'),
+  meta_fields=('base', 'fraction', 'interleaved', 'scaling'),
 )
 @dataclasses.dataclass(frozen=True)
 class RoPE(_Rotary):
@@ -99,11 +109,14 @@ class RoPE(_Rotary):
       GPT-NeoX rotate a part).
     interleaved: pairs are features (2i, 2i + 1) as in the paper and GPT-J;
       otherwise (i, i + half) as in LLaMA.
+    scaling: how a pretrained model stretched the wavelengths; see
+      `rope_scaling`.
   """
 
   base: float = 10000.0
   fraction: float = 1.0
   interleaved: bool = False
+  scaling: RoPEScaling | None = None
 
   def __post_init__(self):
     if not self.base > 0:
@@ -124,7 +137,12 @@ class RoPE(_Rotary):
 
   def inverse_frequency(self, head_dim):
     width = self.rotated_width(head_dim)
-    return self.base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    inverse = self.base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    return inverse if self.scaling is None else self.scaling(inverse, self.base)
+
+  @property
+  def amplitude(self):
+    return 1.0 if self.scaling is None else self.scaling.amplitude
 
 
 @functools.partial(

@@ -12,6 +12,7 @@ import pathlib
 import platform
 
 import numpy as np
+import pretrained
 import torch
 import transformers
 from transformers.models.longformer import modeling_longformer
@@ -166,6 +167,8 @@ def write(path, arrays):
 def main():
   torch.set_num_threads(1)  # The order of sums, hence every digit, is fixed.
   write(FOLDER / 'longformer_self_attention.npz', longformer_self_attention())
+  for name, config, kind in pretrained.models():
+    write(FOLDER / f'pretrained_{name}.npz', pretrained.golden(config, kind))
 
 
 if __name__ == '__main__':
