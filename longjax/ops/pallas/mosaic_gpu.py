@@ -7,7 +7,6 @@ clips what lies beyond the last row.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from longjax.ops.pallas import mosaic_gpu_common as common
 from longjax.ops.pallas.contract import Operands, Spec
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig, check
 
-__all__ = ['check', 'forward', 'shared_memory']
+__all__ = ['check', 'default_config', 'forward', 'shared_memory']
 
 
 def forward(
@@ -46,7 +45,7 @@ def forward(
   check(spec, x)
   if x.prefix is not None and not x.prefix.row.shape[1]:
     x = x._replace(prefix=None)
-  config = common.resolve(config or _config(spec, x), interpret)
+  config = common.resolve(config or default_config(spec, x), interpret)
   sequences, num_queries, residues, heads, size = x.q.shape
   classes = residues if spec.residues is None else 1
   operands = _operands(spec, x, config)
@@ -70,6 +69,7 @@ def forward(
     grid_names=('head', 'tile'),
     num_threads=config.groups + 1,
     thread_name='warpgroup',
+    kernel_name='band_forward',
     compiler_params=plgpu.CompilerParams(approx_math=True),
     interpret=interpret,
   )(*operands.values())
@@ -92,9 +92,11 @@ class _Plan(NamedTuple):
   num_keys: int
 
 
-def _config(spec, x):
+def default_config(spec: Spec, x: Operands) -> GpuConfig:
+  """Tiles of `forward` for these operands."""
   return common.default_config(
     x.q.shape[-1],
+    prefix=x.prefix is not None,
     prefix_q=x.prefix is not None and x.prefix.q is not None,
     featured=x.q_ids is not None or spec.dropout_rate > 0,
   )
@@ -166,12 +168,8 @@ def shared_memory(
   spec: Spec, x: Operands, config: GpuConfig | None = None
 ) -> int:
   """Bytes of shared memory that a program of `forward` asks for."""
-  scratch = _scratch(spec, x, config or _config(spec, x))
-  return sum(
-    math.prod(y.shape) * jnp.dtype(y.dtype).itemsize
-    for y in scratch.values()
-    if not isinstance(y, plgpu.Barrier)
-  )
+  scratch = _scratch(spec, x, config or default_config(spec, x))
+  return common.shared_memory(scratch.values())
 
 
 class _Walk(NamedTuple):
@@ -285,6 +283,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
     q_ids = _of_rows(ref['q_ids'].at[g, r, rows])
   if 'q_words' in ref:
     q_words = _of_rows(ref['q_words'].at[g, c, head, rows])
+  whole = common.inside_tiles(walk.at, first_query, config.own, config.walk, 0)
   plgpu.barrier_wait(mine)
 
   def step(j, carry):
@@ -297,7 +296,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
       (config.own, config.walk), q_s.at[which], scratch['k_s'].at[slot].T
     )
     s, factor, _ = common.logits(spec, s)
-    s = _masked(plan, ref, walk, s, first_query, j, in_prefix)
+    s = _masked(plan, ref, walk, s, first_query, j, in_prefix, whole)
     if q_ids is not None:
       s = common.mask_ids(s, q_ids, _of_columns(scratch['ids_s'].at[slot]), 0)
     new = jnp.maximum(largest, s.max(axis=1) * factor)
@@ -338,12 +337,22 @@ def _compute(plan, ref, scratch, walk, warpgroup):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _masked(plan, ref, walk, s, first_query, j, in_prefix):
+def _masked(plan, ref, walk, s, first_query, j, in_prefix, whole):
   """Logits of tile j, -inf where interval or prefix rule hide the key."""
 
+  tile = walk.first_tile + j - walk.prefix_tiles
+
+  def interval():
+    # Read again: in registers, it would be there for the whole walk.
+    return common.interval(ref['where'], walk.sequence, plan.num_keys)
+
+  def edge(s):
+    first_key = tile * plan.config.walk
+    return common.mask_interval(s, interval(), first_query, first_key, 0)
+
   def band(s):
-    first_key = (walk.first_tile + j - walk.prefix_tiles) * plan.config.walk
-    return common.mask_band(s, walk.at, first_query, first_key, 0)
+    seen = (tile >= whole[0]) & (tile < whole[1])
+    return lax.cond(seen, lambda s: s, edge, s)
 
   def prefix(s):
     keys = pl.ds(j * plan.config.walk, plan.config.walk)
@@ -353,7 +362,7 @@ def _masked(plan, ref, walk, s, first_query, j, in_prefix):
       optimized=False,
     )
     return common.mask_prefix(
-      s, walk.at, first_query, row, 0, plan.spec.prefix_causal
+      s, interval(), first_query, row, 0, plan.spec.prefix_causal
     )
 
   if 'prefix_row' not in ref:

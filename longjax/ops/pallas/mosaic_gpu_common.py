@@ -48,7 +48,7 @@ class GpuConfig:
 
   Attributes:
     own: rows of a compute warpgroup, a multiple of 64.
-    walk: rows of a walked tile, a multiple of 32.
+    walk: rows of a walked tile, a multiple of 64.
     stages: slots of the ring.
     groups: compute warpgroups.
     p_in_smem: probabilities become operands of a product through shared memory
@@ -63,12 +63,12 @@ class GpuConfig:
   p_in_smem: bool = False
 
   def __post_init__(self):
-    for name, multiple in (('own', 64), ('walk', 32), ('stages', 1)):
-      value = getattr(self, name)
-      if value < multiple or value % multiple:
-        raise ValueError(
-          f'{name} must be a positive multiple of {multiple}, got {value}'
-        )
+    for name in ('own', 'walk'):
+      rows = getattr(self, name)
+      if rows < 64 or rows % 64:
+        raise ValueError(f'{name} must be a multiple of 64, got {rows}')
+    if self.stages < 1:
+      raise ValueError(f'stages must be positive, got {self.stages}')
     if self.groups not in _REGISTERS:
       raise ValueError(
         f'groups must be one of {(*_REGISTERS,)}, got {self.groups}'
@@ -81,21 +81,28 @@ class GpuConfig:
 
 
 def default_config(
-  head_size: int, *, prefix_q: bool = False, featured: bool = False
+  head_size: int,
+  *,
+  prefix: bool = False,
+  prefix_q: bool = False,
+  featured: bool = False,
 ) -> GpuConfig:
-  """Tiles of the forward kernel that compile without spills.
+  """Tiles of the forward kernel, chosen by what ptxas can hold in registers.
 
   Args:
     head_size: one of HEAD_SIZES.
-    prefix_q: whether the prefix is met by queries of its own, which take as
-      much shared memory again as the queries.
+    prefix: whether there is one.
+    prefix_q: whether it is met by queries of its own, which take as much
+      shared memory again as the queries.
     featured: whether there are segment ids or dropout, which take registers.
   """
   if head_size == 256:
-    return GpuConfig(walk=32 if prefix_q else 64)
-  if head_size == 128:
-    return GpuConfig(walk=64 if featured else 128)
-  return GpuConfig(walk=128)
+    # A second warpgroup's prefix queries would not fit in shared memory.
+    return GpuConfig(walk=64, groups=1 if prefix_q else 2)
+  if featured or (head_size == 96 and prefix):
+    return GpuConfig(walk=64, stages=3)
+  # Three stages of 128 keys of 128 numbers would be 48 bytes too many.
+  return GpuConfig(walk=128, stages=2 if head_size == 128 else 3)
 
 
 def resolve(config: GpuConfig, interpret: Any) -> GpuConfig:
@@ -143,14 +150,19 @@ def check(spec: Spec, x: Operands) -> None:
 # --- Shared memory, registers and the ring -----------------------------------
 
 
-def smem(shape: tuple[int, ...], dtype) -> Any:
+def smem(shape: tuple[int, ...], dtype, *others: int) -> Any:
   """Tiles [..., rows, columns] in shared memory, as TMA and wgmma know them.
 
   The widest swizzle whose width divides the columns: 64 of them, 32 or 16.
+
+  Args:
+    *others: columns of the tiles that these are multiplied with, or their own
+      rows if the product sums over them: all have to have the same swizzle.
   """
+  columns = math.gcd(shape[-1], *others)
   for swizzle in (128, 64, 32):
     width = swizzle // jnp.dtype(dtype).itemsize
-    if shape[-1] % width == 0:
+    if columns % width == 0:
       return plgpu.SMEM(
         shape,
         dtype,
@@ -159,7 +171,18 @@ def smem(shape: tuple[int, ...], dtype) -> Any:
           plgpu.SwizzleTransform(swizzle),
         ),
       )
-  raise ValueError(f'{shape[-1]} columns are no multiple of {width}')
+  raise ValueError(f'{columns} columns are no multiple of {width}')
+
+
+def shared_memory(scratch) -> int:
+  """Bytes that a program with these scratch types asks for."""
+  sizes = [
+    math.prod(y.shape) * jnp.dtype(y.dtype).itemsize
+    for y in scratch
+    if not isinstance(y, plgpu.Barrier)
+  ]
+  # Every buffer starts at a multiple of 1024; reductions need 2048 more.
+  return sum(-(-size // 1024) * 1024 for size in sizes) + 2048
 
 
 def left_operand(x, buffer=None):
@@ -303,7 +326,8 @@ def mask_band(s, at: Interval, first_query, first_key, q_axis: int):
   """Logits [own, walk], -inf where the interval hides the key.
 
   Tiles that lie in it wholly, which are most of a long walk, are left as they
-  are and cost two scalar comparisons.
+  are. A kernel short of registers compares the tile with `inside_tiles` and
+  reads the interval again where it calls `mask_interval`.
   """
   num_queries, num_keys = s.shape if q_axis == 0 else s.shape[::-1]
   nearest = first_query + at.shift - first_key - (num_keys - 1)
@@ -314,21 +338,45 @@ def mask_band(s, at: Interval, first_query, first_key, q_axis: int):
     & (first_key >= at.begin)
     & (first_key + num_keys <= at.end)
   )
+  return lax.cond(
+    inside,
+    lambda s: s,
+    lambda s: mask_interval(s, at, first_query, first_key, q_axis),
+    s,
+  )
 
-  def masked(s):
-    key = numbers(s.shape, 1 - q_axis)
-    distance = numbers(s.shape, q_axis) - key
-    # Every bound is brought to the numbers of the tile as a scalar.
-    offset = first_query + at.shift - first_key
-    seen = (
-      (distance >= -at.right - offset)
-      & (distance <= at.left - offset)
-      & (key >= at.begin - first_key)
-      & (key < at.end - first_key)
-    )
-    return jnp.where(seen, s, -jnp.inf)
 
-  return lax.cond(inside, lambda s: s, masked, s)
+def inside_tiles(at: Interval, first, rows: int, walk: int, q_axis: int):
+  """(first, end) of the walked tiles of which every entry is seen.
+
+  Args:
+    first, rows: the rows owned: queries with q_axis 0, else keys.
+  """
+  last = first + rows - 1
+  if q_axis == 0:
+    begin = jnp.maximum(last + at.shift - at.left, at.begin)
+    end = jnp.minimum(first + at.shift + at.right + 1, at.end)
+  else:
+    begin = last - at.shift - at.right
+    end = first - at.shift + at.left + 1
+    end = jnp.where((first >= at.begin) & (last < at.end), end, 0)
+  begin, end = jnp.maximum(begin, 0), jnp.maximum(end, 0)
+  return lax.div(begin + (walk - 1), walk), lax.div(end, walk)
+
+
+def mask_interval(s, at: Interval, first_query, first_key, q_axis: int):
+  """`mask_band` for a tile that may be seen in part."""
+  key = numbers(s.shape, 1 - q_axis)
+  distance = numbers(s.shape, q_axis) - key
+  # Every bound is brought to the numbers of the tile as a scalar.
+  offset = first_query + at.shift - first_key
+  seen = (
+    (distance >= -at.right - offset)
+    & (distance <= at.left - offset)
+    & (key >= at.begin - first_key)
+    & (key < at.end - first_key)
+  )
+  return jnp.where(seen, s, -jnp.inf)
 
 
 def mask_prefix(s, at: Interval, first_query, row, q_axis: int, causal: bool):
