@@ -3,12 +3,17 @@
 Under `pltpu.force_tpu_interpret_mode` they are interpreted, anywhere.
 """
 
+import dataclasses
+
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from longjax.ops.call import Call
 from longjax.ops.pallas import attend as pallas
 from longjax.ops.pallas import devices, mosaic_tpu
+from longjax.ops.pallas import mosaic_tpu_common as common
+from longjax.ops.pallas.mosaic_tpu_common import VMEM_BYTES, TpuConfig
+from longjax.ops.pallas.tiling import Tiles
 
 
 def attend(
@@ -28,4 +33,21 @@ def attend(
         f'of platform {device.platform!r}'
       )
     kind = device.device_kind
-  return pallas.attend(call, pallas.Kernels('mosaic_tpu', mosaic_tpu, kind))
+  return pallas.attend(call, pallas.Kernels(mosaic_tpu, TILES, kind))
+
+
+def _default(kernel, spec, x):
+  return common.default_config(spec, x, backward=kernel != 'forward')
+
+
+def _memory(kernel, spec, x, config):
+  return common.vmem(spec, x, config, backward=kernel != 'forward')
+
+
+def _smaller(config):
+  name = 'block_k' if config.block_k >= config.block_q else 'block_q'
+  half = getattr(config, name) // 256 * 128
+  return dataclasses.replace(config, **{name: half}) if half else None
+
+
+TILES = Tiles(TpuConfig, _default, _memory, VMEM_BYTES, _smaller)

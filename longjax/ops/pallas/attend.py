@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from longjax.ops.call import Call
 from longjax.ops.encode import Auxiliary, Differentiable, Static, encode
 from longjax.ops.merge import merge
-from longjax.ops.pallas import tiling
 from longjax.ops.pallas.parts import Shown, differentiable, parts_of
+from longjax.ops.pallas.tiling import KERNELS, Tiles, config_for
 from longjax.ops.tasks import GlobalTask
 from longjax.positions import RoPE
 
@@ -28,31 +28,32 @@ class Kernels:
   """A backend, and where it runs.
 
   Attributes:
-    name: of the backend.
     module: has `check`, `forward` and `backward` of `contract`.
+    tiles: what it says of its tiles; None if it has none.
     device_kind: of the device, as JAX names it: what tiles are chosen for.
-    programs: at least so many keep the device busy; a call of fewer is split
-      over the keys.
-    piece: keys of a split, at least.
+    programs: so many keep the device busy; a call of fewer is split over the
+      keys, into pieces of at least `piece`.
   """
 
-  name: str
   module: Any
+  tiles: Tiles | None = None
   device_kind: str | None = None
   programs: int = 1
   piece: int = 1024
 
   def forward(self, spec, x):
-    config = tiling.config_for(self, 'forward', spec, x)
-    return self.module.forward(spec, x, config=config)
+    return self.module.forward(spec, x, config=self._config('forward', spec, x))
 
   def backward(self, spec, x, lse, delta, dout):
-    configs = tuple(
-      tiling.config_for(self, kernel, spec, x) for kernel in ('dq', 'dkv')
-    )
-    if None in configs:
-      configs = None
+    configs = None
+    if self.tiles is not None:
+      configs = tuple(self._config(kernel, spec, x) for kernel in KERNELS[1:])
     return self.module.backward(spec, x, lse, delta, dout, configs=configs)
+
+  def _config(self, kernel, spec, x):
+    if self.tiles is None:
+      return None
+    return config_for(self.tiles, self.device_kind, kernel, spec, x)
 
 
 def attend(

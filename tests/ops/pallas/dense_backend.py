@@ -13,7 +13,7 @@ def attend(call):
   return pallas.attend(
     call,
     # Enough programs to be kept busy that small tests split their keys.
-    pallas.Kernels('dense', sys.modules[__name__], programs=64, piece=64),
+    pallas.Kernels(sys.modules[__name__], programs=64, piece=64),
   )
 
 

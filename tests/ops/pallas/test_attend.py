@@ -16,6 +16,7 @@ from longjax.ops import dispatch
 from longjax.ops.coordinates import locate
 from longjax.ops.encode import Auxiliary, Differentiable, Static
 from longjax.ops.pallas import contract, parts
+from longjax.ops.pallas.attend import Kernels
 from tests.ops import cases
 from tests.ops.helpers import assert_close, qkv, run
 from tests.ops.pallas import dense_backend
@@ -310,7 +311,7 @@ def test_where_follows_the_offsets():
   x = Differentiable(q, k, v, None)
   where = locate(10, 12, np.array([30, 5]), np.array([20, -3]), None)
   auxiliary = Auxiliary(where, None, None, jnp.array([7, 8]))
-  kernels = parts_kernels()
+  kernels = Kernels(dense_backend)
   (part,), _ = parts.parts_of(kernels, static, x, auxiliary)
   shown = parts.Shown(static, x, where)
   rows = part.operands(shown, auxiliary).where
@@ -328,9 +329,3 @@ def test_where_follows_the_offsets():
       batch_row=jnp.array([7, 8]),
     ),
   )
-
-
-def parts_kernels():
-  from longjax.ops.pallas.attend import Kernels
-
-  return Kernels('dense', dense_backend)
