@@ -38,7 +38,7 @@ MODULES = {
 }
 ROLE = {who: role for role, names in cases.WORKERS.items() for who in names}
 # A kernel or a compiler that hangs.
-SETUP_SECONDS, TIMING_SECONDS = 90, 60
+SETUP_SECONDS, TIMING_SECONDS = 120, 60
 # After so many hangs an implementation is not asked again.
 MOST_HANGS = 2
 # Enough of one implementation in one mode of a case.
@@ -70,10 +70,11 @@ def batches(todo, lanes):
 class Lane:
   """One process for each role; they set up one case at a time."""
 
-  def __init__(self, pythons, environment, scratch, log, hangs):
+  def __init__(self, pythons, environment, scratch, log, hangs, without):
     self._reference = os.path.join(scratch, f'{id(self)}.npz')
     self._without_profiler = set()  # roles; asked once
     self._hangs = hangs  # {implementation: how often}, of all lanes
+    self._without = without
     self.roles = {
       role: Process(pythons[module], module, environment=environment, log=log)
       for role, module in MODULES.items()
@@ -81,7 +82,11 @@ class Lane:
 
   def set_up(self, case, record):
     """Sets up every implementation, each role in a thread of its own."""
-    names = (cases.MOSAIC, *case.rivals())
+    names = [
+      who
+      for who in (cases.MOSAIC, *case.rivals())
+      if not (self._without and re.search(self._without, who))
+    ]
 
     def one_role(role):
       for who in names:
@@ -256,7 +261,8 @@ def run(args, record, todo):
   ):
     hangs = {}
     lanes = [
-      Lane(pythons, environment, scratch, log, hangs) for _ in range(args.lanes)
+      Lane(pythons, environment, scratch, log, hangs, args.without)
+      for _ in range(args.lanes)
     ]
     try:
       left, last = list(todo), 0.0
@@ -338,6 +344,7 @@ def parse(arguments):
   add('--record', required=True, help='folder to write')
   add('--resume', help='results.json whose cases are kept and not run again')
   add('--only', default='', help='regular expression that case names match')
+  add('--without', help='regular expression of implementations to leave out')
   add('--budget-seconds', type=float, default=math.inf)
   add('--repeats', type=int, default=5, help='turns of each implementation')
   add('--seconds', type=float, default=0.06, help='of each turn')

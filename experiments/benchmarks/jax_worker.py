@@ -74,6 +74,7 @@ def of_tokamax(case):
     tokamax.dot_product_attention,
     is_causal=True,
     local_window_size=None if case.full else (left, 0),
+    implementation='mosaic_gpu',
   )
 
 

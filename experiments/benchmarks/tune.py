@@ -130,9 +130,9 @@ def program(spec, kernel, config):
       return mosaic_gpu.forward(spec, x, config=tiles)
     configs = None
     if tiles is not None:
-      name = {'dq': 'queries', 'dkv': 'keys'}[kernel]
-      default = mosaic_gpu_backward.default_configs(spec, x)
-      configs = dataclasses.replace(default, **{name: tiles})
+      configs = list(mosaic_gpu_backward.default_configs(spec, x))
+      configs[KERNELS.index(kernel) - 1] = tiles
+      configs = tuple(configs)
     gradients = mosaic_gpu_backward.backward(
       spec, x, lse, delta, dout, configs=configs
     )
