@@ -53,11 +53,12 @@ def attend(call: Call) -> tuple[Float[Array, 'B T H D'], None]:
 
 def _window(call: Call) -> int:
   """How many keys are seen before self."""
-  (branch, *more) = call.pattern.branches(call.q.shape[2])
+  num_heads = call.q.shape[2]
+  (branch, *more) = call.pattern.branches(num_heads)
   plain = (
     branch.right == 0
     and branch.stride == 1
-    and branch.heads is None
+    and (branch.heads is None or len(branch.heads) == num_heads)
     and branch.start == branch.segment == math.inf
     and branch.distance == TRUE_DISTANCE
   )
