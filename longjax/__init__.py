@@ -17,6 +17,8 @@ _PUBLIC = {
   'SlidingWindow': 'longjax.patterns',
   'Dilated': 'longjax.patterns',
   'Lambda': 'longjax.patterns',
+  'AttentionSinks': 'longjax.patterns',
+  'DistanceCeiling': 'longjax.patterns',
   'SelfExtend': 'longjax.patterns',
   'Full': 'longjax.patterns',
   'RoPE': 'longjax.positions',

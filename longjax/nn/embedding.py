@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from longjax.ops.coordinates import locate
-from longjax.patterns import TRUE_DISTANCE, Pattern
+from longjax.patterns import Pattern
 from longjax.positions import sinusoidal
 
 
@@ -85,12 +85,13 @@ def distances(pattern: Pattern, num_heads: int, span: int) -> tuple[int, int]:
     num_heads: how many heads there are.
     span: the largest true distance that can occur (length - 1).
   """
-  left, right = (int(min(side, span)) for side in pattern.reach())
-  # A capped or grouped distance may be one more than any true distance seen:
-  # Lambda tells `window`, of which only window - 1 lie inside its reach.
-  branches = pattern.branches(num_heads)
-  told = any(branch.distance != TRUE_DISTANCE for branch in branches)
-  return -right, left + told
+
+  def furthest(branch):
+    seen = min(branch.left * branch.stride, branch.segment - 1, span)
+    return int(branch.distance.largest(seen))
+
+  right = int(min(pattern.reach()[1], span))
+  return -right, max(map(furthest, pattern.branches(num_heads)))
 
 
 def relative_embedding(

@@ -3,20 +3,29 @@
 from longjax.patterns.base import (
   TRUE_DISTANCE,
   Branch,
+  CacheDistance,
   CappedDistance,
   GroupedDistance,
   Pattern,
   TrueDistance,
 )
-from longjax.patterns.lm_infinite import Lambda, SelfExtend
+from longjax.patterns.lm_infinite import (
+  AttentionSinks,
+  DistanceCeiling,
+  Lambda,
+  SelfExtend,
+)
 from longjax.patterns.longformer import Full, SlidingWindow
 from longjax.patterns.longnet import Dilated
 
 __all__ = [
   'TRUE_DISTANCE',
+  'AttentionSinks',
   'Branch',
+  'CacheDistance',
   'CappedDistance',
   'Dilated',
+  'DistanceCeiling',
   'Full',
   'GroupedDistance',
   'Lambda',

@@ -54,6 +54,10 @@ class TrueDistance:
 
   affine = True
 
+  def largest(self, span):
+    """The largest distance told of pairs that are at most `span` apart."""
+    return span
+
   def queries(self, positions):
     return positions
 
@@ -71,11 +75,36 @@ class CappedDistance:
   cap: int
   affine = False
 
+  def largest(self, span):
+    return min(self.cap, span)
+
   def queries(self, positions):
     return 0 * positions + self.cap
 
   def keys(self, positions):
     return 0 * positions
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheDistance:
+  """StreamingLLM's: positions in a cache that holds `cache` keys.
+
+  The newest query there is never told a position beyond the last slot's, and
+  the first keys keep theirs.
+  """
+
+  cache: int
+  affine = False
+
+  def largest(self, span):
+    return min(self.cache - 1, span)
+
+  def queries(self, positions):
+    last = self.cache - 1
+    return numpy_of(as_positions(positions)).minimum(positions, last)
+
+  def keys(self, positions):
+    return positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +114,10 @@ class GroupedDistance:
   group: int
   window: int
   affine = False
+
+  def largest(self, span):
+    # Of two pairs as far apart, rounding may tell one a distance more.
+    return min(self.queries(span), span) + 1
 
   def queries(self, positions):
     return positions // self.group + self.window - self.window // self.group
@@ -128,7 +161,9 @@ class Branch:
   segment: float = math.inf
   offsets: tuple[int, ...] | None = None
   heads: tuple[int, ...] | None = None
-  distance: TrueDistance | CappedDistance | GroupedDistance = TRUE_DISTANCE
+  distance: TrueDistance | CappedDistance | CacheDistance | GroupedDistance = (
+    TRUE_DISTANCE
+  )
 
   def bounds(self, q_pos):
     """Inclusive bounds (lo, hi) of the key positions in the interval."""

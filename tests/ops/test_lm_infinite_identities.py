@@ -14,7 +14,14 @@ from longjax import Lambda
 from longjax.ops import merge
 from longjax.positions import alibi_slopes
 from tests.ops import dense
-from tests.ops.helpers import assert_close, forward, normal, qkv, run
+from tests.ops.helpers import (
+  assert_close,
+  check_against_reference,
+  forward,
+  normal,
+  qkv,
+  run,
+)
 
 HEADS, LENGTH = 2, 40
 L, G = 12, 5
@@ -245,6 +252,42 @@ def test_b11_12_alibi_is_clipped_and_row_constants_cancel():
   np.testing.assert_allclose(
     dense.softmax(dropped, mask, V)[0], out, atol=1e-12
   )
+
+
+def test_b11_15_attention_sinks_are_the_same_until_something_is_evicted():
+  window, start = 6, 3
+  sinks = longjax.AttentionSinks(window, start)
+  a, _ = forward('xla', INPUTS, sinks, position=ROPE)
+  vanilla, _ = forward('xla', INPUTS, longjax.Full(), position=ROPE)
+  b, _ = forward('xla', INPUTS, Lambda(window + start, start), position=ROPE)
+  full = window + start
+  np.testing.assert_allclose(a[:, :full], vanilla[:, :full], atol=2e-5)
+  np.testing.assert_allclose(a[:, :full], b[:, :full], atol=2e-5)
+  assert (
+    np.abs(a[:, full:] - vanilla[:, full:]).max(axis=(0, 2, 3)).min() > 1e-3
+  )
+
+
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    Lambda(L, G, ceiling=False),
+    longjax.DistanceCeiling(L),
+    longjax.AttentionSinks(L, G),
+  ],
+)
+@pytest.mark.parametrize('position', [ROPE, longjax.ALiBi()])
+def test_halves_and_rivals_equal_the_reference(pattern, position):
+  check_against_reference(INPUTS, pattern, position=position)
+  packed = jnp.asarray(np.repeat([0, 1, -1, 1], 10)[None])
+  check_against_reference(
+    INPUTS, pattern, position=position, segment_ids=packed
+  )
+
+
+def test_b11_04_the_ceiling_alone_is_lambda_that_starts_with_every_key():
+  ceiling = run('xla', INPUTS, longjax.DistanceCeiling(L), position=ROPE)
+  assert_close(ceiling, run('xla', INPUTS, Lambda(L, LENGTH), position=ROPE))
 
 
 def test_b11_16_cost_per_token_is_constant():

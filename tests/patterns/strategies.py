@@ -4,7 +4,15 @@ import math
 
 from hypothesis import strategies as st
 
-from longjax import Dilated, Full, Lambda, SelfExtend, SlidingWindow
+from longjax import (
+  AttentionSinks,
+  Dilated,
+  DistanceCeiling,
+  Full,
+  Lambda,
+  SelfExtend,
+  SlidingWindow,
+)
 
 sides = st.one_of(st.integers(0, 45), st.just(math.inf))
 
@@ -39,7 +47,9 @@ def patterns(num_heads: int):
   return st.one_of(
     sliding_windows(num_heads),
     dilated(),
-    st.builds(Lambda, small, st.integers(0, 45)),
+    st.builds(Lambda, small, st.integers(0, 45), st.booleans()),
+    st.builds(DistanceCeiling, small),
+    st.builds(AttentionSinks, small, st.integers(0, 45)),
     st.builds(SelfExtend, small, st.integers(1, 9)),
     st.builds(Full, st.booleans()),
   )

@@ -24,6 +24,9 @@ EXAMPLES = [
   longjax.Dilated((8, 16), (2, 4)),
   longjax.Dilated((8, 16), (1, 6), offsets='torchscale', detach_weights=True),
   longjax.Lambda(8, 3),
+  longjax.Lambda(8, 3, ceiling=False),
+  longjax.DistanceCeiling(8),
+  longjax.AttentionSinks(8, 3),
   longjax.SelfExtend(8, 3),
   longjax.Full(causal=False),
 ]

@@ -1,9 +1,9 @@
-"""Lambda and SelfExtend: keys, told distances, errors."""
+"""Lambda, its halves and its rivals: keys, told distances, errors."""
 
 import numpy as np
 import pytest
 
-from longjax import Lambda, SelfExtend
+from longjax import AttentionSinks, DistanceCeiling, Lambda, SelfExtend
 
 I = np.arange(50)
 
@@ -40,6 +40,40 @@ def test_lambda_without_start_keys_is_one_branch():
   assert len(Lambda(6, 1).branches(4)) == 2
 
 
+def test_the_mask_alone_tells_true_distances():
+  pattern = Lambda(6, 3, ceiling=False)
+  np.testing.assert_array_equal(
+    pattern.multiplicity(I[:, None], I, 0, 1),
+    Lambda(6, 3).multiplicity(I[:, None], I, 0, 1),
+  )
+  distance = pattern.distance(I[:, None], I)
+  np.testing.assert_array_equal(distance, I[:, None] - I)
+
+
+def test_the_ceiling_alone_sees_everything_before():
+  pattern = DistanceCeiling(6)
+  seen = pattern.multiplicity(I[:, None], I, 0, 1)
+  np.testing.assert_array_equal(seen, np.tri(50))
+  distance = pattern.distance(I[:, None], I)
+  np.testing.assert_array_equal(distance, np.minimum(I[:, None] - I, 6))
+
+
+def test_attention_sinks_tell_positions_in_the_cache():
+  """Token by token, as StreamingLLM's cache does it."""
+  window, start = 6, 3
+  pattern = AttentionSinks(window, start)
+  cache = []  # positions of the keys it holds
+  for query in range(50):
+    cache.append(query)
+    if len(cache) > start + window:
+      del cache[start]
+    seen = pattern.multiplicity(query, I, 0, 1)
+    np.testing.assert_array_equal(np.flatnonzero(seen), cache)
+    wanted = len(cache) - 1 - np.arange(len(cache))
+    told = pattern.distance(query, np.asarray(cache))
+    np.testing.assert_array_equal(told, wanted)
+
+
 def test_self_extend_sees_everything_before():
   seen = SelfExtend(8, 4).multiplicity(I[:, None], I, 0, 1)
   np.testing.assert_array_equal(seen, np.tri(50))
@@ -72,6 +106,9 @@ def test_self_extend_groups_far_positions_and_goes_on_from_the_window():
     (lambda: Lambda(4, -1), 'start must be a whole number >= 0, got -1'),
     (lambda: Lambda(4, 1.5), 'start must be .* got 1.5'),
     (lambda: Lambda(4, False), 'start must be .* got False'),
+    (lambda: DistanceCeiling(0), 'window must be .* >= 1, got 0'),
+    (lambda: AttentionSinks(0), 'window must be .* >= 1, got 0'),
+    (lambda: AttentionSinks(4, -1), 'start must be .* >= 0, got -1'),
     (lambda: SelfExtend(0, 1), 'window must be .* got 0'),
     (lambda: SelfExtend(4, 0), 'group must be a whole number >= 1, got 0'),
     (lambda: SelfExtend(4, -2), 'group must be .* got -2'),
