@@ -32,13 +32,13 @@ print(f"jax {jax.__version__}, {device.device_kind}")
 '
 found=
 for python in ${PYTHON:-.venv/bin/python python3}; do
-  if "$python" -c "$is_hopper" 2>&1 | tail -n 1 | tee "$record/device.txt" |
-    grep -q '^jax '; then
+  if "$python" -c "$is_hopper" >"$record/device.txt" 2>"$record/python.log"; then
     found=$python
     break
   fi
-  echo "$python: $(cat "$record/device.txt")" >&2
+  echo "$python: $(tail -n 1 "$record/python.log")" >&2
 done
+rm -f "$record/python.log"
 if [ -z "$found" ]; then
   echo 'make gpu needs a Hopper GPU and a python with jax[cuda13]' >&2
   exit 2

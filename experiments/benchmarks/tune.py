@@ -270,11 +270,6 @@ def shipped(found):
   return found | {'tiles': better}
 
 
-def table_name(device):
-  """The file that `tiling.path_of` looks for."""
-  return re.sub('[^a-z0-9]', '_', device.lower()) + '.json'
-
-
 def line(case, found):
   times = {json.dumps(c): t for c, t in found['times']}
   failed = [t for t in times.values() if isinstance(t, str)]
@@ -287,10 +282,10 @@ def line(case, found):
 
 
 def write(folder, found):
-  for name, values in (
-    ('tuning.json', found),
-    (table_name(found['device']), shipped(found)),
-  ):
+  from longjax.ops.pallas import tiling
+
+  table = tiling.path_of(found['device']).name
+  for name, values in (('tuning.json', found), (table, shipped(found))):
     (folder / name).write_text(json.dumps(values, indent=1) + '\n')
 
 

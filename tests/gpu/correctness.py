@@ -324,6 +324,7 @@ def main(arguments=None):
   try:
     todo = workers[0]('names')['names']
     if args.rehearse:
+      os.environ.setdefault('JAX_PLATFORMS', 'cpu')
       from tests.gpu.cases import REHEARSAL
 
       todo = REHEARSAL
