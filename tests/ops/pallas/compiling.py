@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import re
 import sys
@@ -130,16 +131,18 @@ def _dumping():
   """Makes the compiler print, and yields what will return all it printed."""
   saved = {name: os.environ.get(name) for name in _DUMPS}
   os.environ.update(dict.fromkeys(_DUMPS, '1'))
-  text = ''
+  text, printed = '', io.StringIO()
   sys.stdout.flush()
   sys.stderr.flush()
-  # ptxas' words come from C++, which knows no sys.stdout.
+  # Some words come from Python; ptxas' come from C++, which knows no
+  # sys.stdout.
   outputs = [os.dup(number) for number in (1, 2)]
   with tempfile.TemporaryFile('w+') as file:
     for number in (1, 2):
       os.dup2(file.fileno(), number)
     try:
-      yield lambda: text
+      with contextlib.redirect_stdout(printed):
+        yield lambda: text
     finally:
       sys.stdout.flush()
       sys.stderr.flush()
@@ -152,7 +155,7 @@ def _dumping():
         else:
           os.environ[name] = value
       file.seek(0)
-      text = file.read()
+      text = printed.getvalue() + file.read()
 
 
 def _kernels(log):
