@@ -21,6 +21,8 @@ def sample(
   temperature: float = 1.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  repetition_penalty: float = 1.0,
+  stop_tokens: Sequence[int] = (),
   seed: int = 0,
   prefill_chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
@@ -39,6 +41,9 @@ def sample(
     top_k: sample among the k likeliest tokens only.
     top_p: sample among the likeliest tokens whose probabilities (after
       `temperature` and `top_k`) first reach p.
+    repetition_penalty: positive logits of tokens that the row already has are
+      divided by it, negative ones multiplied (arXiv 1909.05858, section 4.1).
+    stop_tokens: a row ends with the first of these; what follows it is -1.
     seed: of the random draws.
     prefill_chunk: how many prompt tokens are read at a time.
 
@@ -67,6 +72,18 @@ def sample(
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f'top_p must be in (0, 1], got {top_p}')
 
+  if not 0 < repetition_penalty < float('inf'):
+    raise ValueError(
+      f'repetition_penalty must be finite and > 0, got {repetition_penalty}'
+    )
+  stop_tokens = tuple(int(token) for token in stop_tokens)
+  for token in stop_tokens:
+    if not 0 <= token < model.vocab_size:
+      raise ValueError(
+        f'stop token {token} is outside of the vocabulary 0 ... '
+        f'{model.vocab_size - 1}'
+      )
+
   longest = max(map(len, prompts))
   cache = model.init_cache(len(prompts), max_length=longest + num_tokens)
   # The last new token needs no position: it is not read any more.
@@ -93,6 +110,8 @@ def sample(
     jax.random.key(seed),
     jnp.float32(temperature),
     jnp.float32(1 if top_p is None else top_p),
+    jnp.float32(repetition_penalty),
+    stop_tokens=stop_tokens,
     greedy=temperature == 0,
     top_k=top_k,
     num_tokens=num_tokens,
@@ -128,7 +147,7 @@ def choose(logits, key, temperature, top_p, *, greedy=False, top_k=None):
 @functools.partial(
   jax.jit,
   static_argnums=0,
-  static_argnames=('greedy', 'top_k', 'num_tokens', 'chunk'),
+  static_argnames=('stop_tokens', 'greedy', 'top_k', 'num_tokens', 'chunk'),
 )
 def _generate(
   graphdef,
@@ -139,7 +158,9 @@ def _generate(
   key,
   temperature,
   top_p,
+  repetition_penalty,
   *,
+  stop_tokens,
   greedy,
   top_k,
   num_tokens,
@@ -148,35 +169,53 @@ def _generate(
   """Prefill in chunks, then decode: int32 [batch, num_tokens]."""
   model = nnx.merge(graphdef, state)
   batch = tokens.shape[0]
+  rows = jnp.arange(batch)
+  # Which tokens a row has already.
+  has = jnp.zeros((batch, model.vocab_size), bool)
+  has = has.at[rows[:, None], tokens].max(segment_ids >= 0)
 
   def prefill(carry, inputs):
     cache, last = carry
     tokens, segment_ids = inputs
     logits, cache = model(tokens, segment_ids=segment_ids, cache=cache)
     count = (segment_ids >= 0).sum(axis=1)  # prompts are padded on the right
-    ends = logits[jnp.arange(batch), jnp.maximum(count - 1, 0)]
+    ends = logits[rows, jnp.maximum(count - 1, 0)]
     return (cache, jnp.where(count[:, None] > 0, ends, last)), None
 
-  def decode(carry, step):
-    cache, logits = carry
+  def unfinished(carry):
+    step, *_, ended, _ = carry
+    return (step < num_tokens) & ~ended.all()
+
+  def decode(carry):
+    step, cache, logits, has, ended, new = carry
+    repeated = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
     token = choose(
-      logits,
+      jnp.where(has, logits * repeated, logits),
       jax.random.fold_in(key, step),
       temperature,
       top_p,
       greedy=greedy,
       top_k=top_k,
     )
-    logits, cache = model(token[:, None], cache=cache)
-    return (cache, logits[:, 0]), token
+    # Rows that have ended read padding, which leaves their cache alone.
+    segment_ids = jnp.where(ended, -1, 0)[:, None]
+    new = new.at[:, step].set(jnp.where(ended, -1, token))
+    has = has.at[rows, token].set(True)
+    for stop in stop_tokens:
+      ended = ended | (token == stop)
+    logits, cache = model(token[:, None], segment_ids=segment_ids, cache=cache)
+    return step + 1, cache, logits[:, 0], has, ended, new
 
   chunks = tuple(
     x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, segment_ids)
   )
   logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
-  carry, _ = jax.lax.scan(prefill, (cache, logits), chunks)
-  _, new_tokens = jax.lax.scan(decode, carry, jnp.arange(num_tokens))
-  return new_tokens.T
+  (cache, logits), _ = jax.lax.scan(prefill, (cache, logits), chunks)
+  ended = jnp.zeros(batch, bool)
+  new = jnp.full((batch, num_tokens), -1, jnp.int32)
+  carry = 0, cache, logits, has, ended, new
+  *_, new = jax.lax.while_loop(unfinished, decode, carry)
+  return new
 
 
 def _as_prompts(prompt_tokens) -> tuple[list[np.ndarray], bool]:

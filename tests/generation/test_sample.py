@@ -53,6 +53,43 @@ def test_greedy_equals_a_loop_that_recomputes_everything():
       assert token == row[step]
 
 
+def test_a_row_ends_with_its_stop_token():
+  prompts = [[1, 2, 3, 4, 5, 6, 0], [3], [5, 5, 5, 1]]
+  free = sample(MODEL, prompts, 12, seed=3)
+  stops = (2, 5)
+  out = sample(MODEL, prompts, 12, seed=3, stop_tokens=stops)
+  ends = set()
+  for row, wanted in zip(out, free, strict=True):
+    hits = np.flatnonzero(np.isin(wanted, stops))
+    end = hits[0] + 1 if hits.size else 12
+    np.testing.assert_array_equal(row[:end], wanted[:end])
+    assert (row[end:] == -1).all()
+    ends.add(int(end))
+  assert len(ends) > 1 and min(ends) < 12
+
+
+def test_repetition_penalty():
+  """Against a loop; a huge one uses every token once before any again."""
+  prompt = [1, 2]
+  penalty = 20.0
+  out = sample(MODEL, prompt, 6, temperature=0, repetition_penalty=penalty)
+  tokens = list(prompt)
+  for token in out:
+    logits = np.array(MODEL(jnp.asarray([tokens]))[0, -1])
+    for seen in set(tokens):
+      logits[seen] *= penalty if logits[seen] < 0 else 1 / penalty
+    assert token == logits.argmax()
+    tokens.append(int(token))
+  plain = sample(MODEL, prompt, 6, temperature=0)
+  assert (plain != out).any()
+  shifted = make(output_bias=True)
+  shifted.output_bias[...] = jnp.full(VOCABULARY, -100.0)
+  out = sample(
+    shifted, prompt, VOCABULARY - 2, temperature=0, repetition_penalty=1e3
+  )
+  assert set(out) == set(range(VOCABULARY)) - set(prompt)
+
+
 def test_rows_depend_on_seed_and_row_not_on_neighbours():
   prompts = np.asarray([[1, 2, 3], [4, 5, 6]])
   out = sample(MODEL, prompts, 12, seed=1)
@@ -134,6 +171,8 @@ def test_top_k_keeps_exactly_k_of_equals():
     ([1], dict(top_p=1.1), 'got 1.1'),
     ([1], dict(top_k=0), r'top_k must be in 1 \.\.\. 7 .* got 0'),
     ([1], dict(top_k=8), 'got 8'),
+    ([1], dict(repetition_penalty=0.0), 'repetition_penalty .* got 0.0'),
+    ([1], dict(stop_tokens=(7,)), 'stop token 7 is outside'),
   ],
   ids=str,
 )
