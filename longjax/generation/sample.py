@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longjax.ops.middle import MiddleKeys
+
 # Prompts are read in chunks: the keys that one chunk's attention holds are
 # then no more than a layer's cache and the chunk itself.
 PREFILL_CHUNK = 512
@@ -23,6 +25,7 @@ def sample(
   top_p: float | None = None,
   repetition_penalty: float = 1.0,
   stop_tokens: Sequence[int] = (),
+  middle_keys: MiddleKeys | None = None,
   seed: int = 0,
   prefill_chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
@@ -44,6 +47,7 @@ def sample(
     repetition_penalty: positive logits of tokens that the row already has are
       divided by it, negative ones multiplied (arXiv 1909.05858, section 4.1).
     stop_tokens: a row ends with the first of these; what follows it is -1.
+    middle_keys: LM-Infinite's top-k; see `DecoderLM.init_cache`.
     seed: of the random draws.
     prefill_chunk: how many prompt tokens are read at a time.
 
@@ -85,27 +89,31 @@ def sample(
       )
 
   longest = max(map(len, prompts))
-  cache = model.init_cache(len(prompts), max_length=longest + num_tokens)
   # The last new token needs no position: it is not read any more.
   positions = longest + num_tokens - 1
+  options = {'middle_keys': middle_keys} if middle_keys else {}
+  cache = model.init_cache(len(prompts), max_length=positions, **options)
   if cache.limit is not None and positions > cache.limit:
     raise ValueError(
       f'{longest} prompt tokens and {num_tokens} new ones need {positions} '
       f'positions, but the model has no more than {cache.limit}'
     )
-  chunk = min(prefill_chunk, longest)
-  padded = -(-longest // chunk) * chunk
+  # All but the last token of a prompt, which is read like a new one.
+  chunk = min(prefill_chunk, max(longest - 1, 1))
+  padded = -(-(longest - 1) // chunk) * chunk
   tokens = np.zeros((len(prompts), padded), np.int32)
   segment_ids = np.full_like(tokens, -1)
   for row, prompt in enumerate(prompts):
-    tokens[row, : len(prompt)] = prompt
-    segment_ids[row, : len(prompt)] = 0
+    tokens[row, : len(prompt) - 1] = prompt[:-1]
+    segment_ids[row, : len(prompt) - 1] = 0
+  last = np.array([prompt[-1] for prompt in prompts], np.int32)
   graphdef, state = nnx.split(model)
   new_tokens = _generate(
     graphdef,
     state,
     tokens,
     segment_ids,
+    last,
     cache,
     jax.random.key(seed),
     jnp.float32(temperature),
@@ -154,6 +162,7 @@ def _generate(
   state,
   tokens,
   segment_ids,
+  last,
   cache,
   key,
   temperature,
@@ -173,21 +182,23 @@ def _generate(
   # Which tokens a row has already.
   has = jnp.zeros((batch, model.vocab_size), bool)
   has = has.at[rows[:, None], tokens].max(segment_ids >= 0)
+  has = has.at[rows, last].set(True)
 
-  def prefill(carry, inputs):
-    cache, last = carry
+  def prefill(cache, inputs):
     tokens, segment_ids = inputs
-    logits, cache = model(tokens, segment_ids=segment_ids, cache=cache)
-    count = (segment_ids >= 0).sum(axis=1)  # prompts are padded on the right
-    ends = logits[rows, jnp.maximum(count - 1, 0)]
-    return (cache, jnp.where(count[:, None] > 0, ends, last)), None
+    _, cache = model(tokens, segment_ids=segment_ids, cache=cache)
+    return cache, None
 
   def unfinished(carry):
     step, *_, ended, _ = carry
     return (step < num_tokens) & ~ended.all()
 
   def decode(carry):
-    step, cache, logits, has, ended, new = carry
+    step, cache, token, has, ended, new = carry
+    # Rows that have ended read padding, which leaves their cache alone.
+    segment_ids = jnp.where(ended, -1, 0)[:, None]
+    logits, cache = model(token[:, None], segment_ids=segment_ids, cache=cache)
+    logits = logits[:, 0]
     repeated = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
     token = choose(
       jnp.where(has, logits * repeated, logits),
@@ -197,23 +208,20 @@ def _generate(
       greedy=greedy,
       top_k=top_k,
     )
-    # Rows that have ended read padding, which leaves their cache alone.
-    segment_ids = jnp.where(ended, -1, 0)[:, None]
     new = new.at[:, step].set(jnp.where(ended, -1, token))
     has = has.at[rows, token].set(True)
     for stop in stop_tokens:
       ended = ended | (token == stop)
-    logits, cache = model(token[:, None], segment_ids=segment_ids, cache=cache)
-    return step + 1, cache, logits[:, 0], has, ended, new
+    return step + 1, cache, token, has, ended, new
 
   chunks = tuple(
-    x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, segment_ids)
+    x.reshape(batch, x.shape[1] // chunk, chunk).swapaxes(0, 1)
+    for x in (tokens, segment_ids)
   )
-  logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
-  (cache, logits), _ = jax.lax.scan(prefill, (cache, logits), chunks)
+  cache, _ = jax.lax.scan(prefill, cache, chunks)
   ended = jnp.zeros(batch, bool)
   new = jnp.full((batch, num_tokens), -1, jnp.int32)
-  carry = 0, cache, logits, has, ended, new
+  carry = 0, cache, last, has, ended, new
   *_, new = jax.lax.while_loop(unfinished, decode, carry)
   return new
 

@@ -20,6 +20,7 @@ from longjax.nn.embedding import (
   token_positions,
 )
 from longjax.nn.transformer import Block, make_norm
+from longjax.ops.middle import MiddleKeys
 from longjax.patterns import Pattern
 from longjax.positions import sinusoidal
 
@@ -328,7 +329,12 @@ class DecoderLM(nnx.Module):
     logits = jnp.where(overflowed, jnp.nan, logits)
     return logits, Cache(tuple(layers), lengths, cache.limit)
 
-  def init_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
+  def init_cache(
+    self,
+    batch_size: int,
+    max_length: int | None = None,
+    middle_keys: MiddleKeys | None = None,
+  ) -> Cache:
     """An empty cache; `longjax.nn.cache` says how large it is.
 
     For Transformer-XL positions it holds projected embeddings, so it belongs
@@ -338,13 +344,23 @@ class DecoderLM(nnx.Module):
       batch_size: rows.
       max_length: how many positions each layer keeps at most. Needed if some
         layer's pattern has no bound, such as Full.
+      middle_keys: LM-Infinite's top-k, for models with `Lambda` patterns. They
+        count in calls with one token a row (decoding), in layers from
+        `first_layer` on, which then keep every key: needs `max_length`.
 
     Raises:
-      ValueError: if a layer needs `max_length`.
+      ValueError: if a layer needs `max_length`, or its pattern has no middle.
     """
     if self.max_positions is not None:
       max_length = min(max_length or self.max_positions, self.max_positions)
-    layouts = [layout(p, self.num_heads, max_length) for p in self.patterns]
+    middles = [
+      middle_keys if middle_keys and layer >= middle_keys.first_layer else None
+      for layer in range(len(self.layers))
+    ]
+    layouts = [
+      layout(pattern, self.num_heads, max_length, middle)
+      for pattern, middle in zip(self.patterns, middles, strict=True)
+    ]
     limits = [limit for *_, limit in layouts if limit is not None]
     limit = min(limits + [self.max_positions or math.inf])
     relative = None
@@ -352,8 +368,8 @@ class DecoderLM(nnx.Module):
       span = max(pattern.reach()[0] for pattern in self.relative_patterns)
       relative = self._relative(int(min(span, limit - 1)), self.dtype)
     layers = tuple(
-      block.attention.init_cache(batch_size, max_length, relative)
-      for block in self.layers
+      block.attention.init_cache(batch_size, max_length, relative, middle)
+      for block, middle in zip(self.layers, middles, strict=True)
     )
     return Cache(
       layers,

@@ -7,6 +7,8 @@ from flax import nnx
 from longjax.nn.cache import LayerCache, init_layer_cache
 from longjax.nn.embedding import RelativeEmbedding, check_rate, distances
 from longjax.ops.attention import attention
+from longjax.ops.merge import merge
+from longjax.ops.middle import MiddleKeys, attend_middle
 from longjax.patterns import Pattern
 from longjax.positions import ALiBi, Position, RoPE, TransformerXL, XPos
 
@@ -196,16 +198,24 @@ class Attention(nnx.Module):
       )
       return self.output(out.reshape(batch, length, -1))
     new_cache, k, v, kv_positions = cache.extend(k, v, positions)
-    out = attention(
+    position = self._position(relative, cache)
+    out, lse = attention(
       q,
       k,
       v,
       self.pattern,
-      position=self._position(relative, cache),
+      position=position,
       q_positions=positions,
       kv_positions=kv_positions,
       implementation=self.implementation,
+      return_lse=True,
     )
+    if cache.middle is not None and length == 1:
+      more = attend_middle(
+        q, k, v, positions, kv_positions, self.pattern, cache.middle, position
+      )
+      out, _ = merge([(out.astype(jnp.float32), lse), more])
+      out = out.astype(self.dtype)
     return self.output(out.reshape(batch, length, -1)), new_cache
 
   def init_cache(
@@ -213,6 +223,7 @@ class Attention(nnx.Module):
     batch_size: int,
     max_length: int | None = None,
     relative: RelativeEmbedding | None = None,
+    middle: MiddleKeys | None = None,
   ) -> LayerCache:
     """An empty cache; see `longjax.nn.cache`.
 
@@ -221,6 +232,7 @@ class Attention(nnx.Module):
       max_length: positions kept at most.
       relative: for Transformer-XL positions, whose embeddings the cache
         keeps projected.
+      middle: middle keys that single queries see too.
     """
     projected = None
     if self.position == TRANSFORMER_XL:
@@ -233,5 +245,6 @@ class Attention(nnx.Module):
       head_dim=self.head_dim,
       max_length=max_length,
       relative=projected,
+      middle=middle,
       dtype=self.dtype,
     )

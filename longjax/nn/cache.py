@@ -14,6 +14,9 @@ the order of the slots does not matter.
 | Dilated(segment_lengths, ...) | 0 | max(segment_lengths) |
 | Full, SelfExtend, an unbounded window | 0 | `max_length` |
 
+A layer with `MiddleKeys` keeps `max_length` positions as well: any earlier key
+may be chosen.
+
 With `max_length` no layer keeps more slots than that. A cache in which some
 layer was cut short that way (always so for the last row of the table) ends
 after `max_length` positions; any other goes on for ever.
@@ -26,13 +29,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from longjax.patterns import Pattern
+from longjax.ops.middle import MiddleKeys
+from longjax.patterns import Lambda, Pattern
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=['keys', 'values', 'positions', 'relative'],
-  meta_fields=['start'],
+  meta_fields=['start', 'middle'],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -45,6 +49,7 @@ class LayerCache:
       [distances, heads, head_dim], so that a step need not project them
       again; None for other position schemes.
     start: how many of the slots belong to the first positions.
+    middle: the layer's top-k middle keys, if any.
   """
 
   keys: jax.Array
@@ -52,6 +57,7 @@ class LayerCache:
   positions: jax.Array
   relative: jax.Array | None
   start: int
+  middle: MiddleKeys | None = None
 
   def append(self, keys, values, positions) -> 'LayerCache':
     """Writes a chunk [batch, T, ...]; tokens at negative positions are not."""
@@ -153,18 +159,30 @@ class Cache:
 
 
 def layout(
-  pattern: Pattern, num_heads: int, max_length: int | None = None
+  pattern: Pattern,
+  num_heads: int,
+  max_length: int | None = None,
+  middle: MiddleKeys | None = None,
 ) -> tuple[int, int, int | None]:
   """Slots for one layer: (start, ring, limit); see the module's table.
 
   Raises:
-    ValueError: for a pattern that keeps every key, without `max_length`, and
-      for one that is not causal.
+    ValueError: for a pattern that keeps every key, without `max_length`; for
+      one that is not causal; and for middle keys of another than `Lambda`.
   """
   if not pattern.causal:
     raise ValueError(f'{pattern} is not causal: it cannot be streamed')
   if max_length is not None and max_length < 1:
     raise ValueError(f'max_length must be at least 1, got {max_length}')
+  if middle is not None:
+    if not isinstance(pattern, Lambda):
+      raise ValueError(f'MiddleKeys go with Lambda, not with {pattern}')
+    if max_length is None:
+      raise ValueError(
+        f'{middle} may choose any earlier key, so none can be evicted: '
+        'init_cache needs max_length, the number of positions to keep'
+      )
+    return 0, max_length, max_length
   start = max(
     (b.start for b in pattern.branches(num_heads) if b.start != math.inf),
     default=0,
@@ -190,10 +208,11 @@ def init_layer_cache(
   head_dim: int,
   max_length: int | None = None,
   relative: jax.Array | None = None,
+  middle: MiddleKeys | None = None,
   dtype=jnp.float32,
 ) -> LayerCache:
   """An empty cache for one layer."""
-  start, ring, _ = layout(pattern, num_heads, max_length)
+  start, ring, _ = layout(pattern, num_heads, max_length, middle)
   shape = (batch_size, start + ring, num_kv_heads, head_dim)
   return LayerCache(
     keys=jnp.zeros(shape, dtype),
@@ -201,4 +220,5 @@ def init_layer_cache(
     positions=jnp.full(shape[:2], -1, jnp.int32),
     relative=relative,
     start=start,
+    middle=middle,
   )
