@@ -64,21 +64,27 @@ def vmem(
 ) -> int:
   """Bytes of VMEM that the kernels of one pass need, at most: an estimate."""
   p = plan(spec, x, config)
-  size = _round_up(p.size, LANES)
-  itemsize = x.q.dtype.itemsize
-  queries, keys = p.block_q * size, max(p.block_k, p.block_m) * size
-  prefix = p.block_m * size
+  lanes = _round_up(p.size, LANES)
   own_q = x.prefix is not None and x.prefix.q is not None
-  pairs = max(p.block_k, p.block_m) * p.block_q
-  if not backward:
-    blocks = (2 + own_q) * queries + 2 * (keys + prefix)
-    sums = queries
-    return 2 * blocks * itemsize + 4 * (sums + 2 * pairs)
-  dq = (3 + own_q) * queries + 2 * (keys + prefix)
-  dkv = (2 + own_q) * queries + 4 * keys
-  blocks = max(2 * dq * itemsize, 2 * dkv * itemsize)
-  sums = max((1 + own_q) * queries, 2 * keys)
-  return blocks + 4 * (sums + 4 * pairs)
+  rows_k = max(p.block_k, p.block_m)
+  queries, keys, prefix = (n * lanes for n in (p.block_q, rows_k, p.block_m))
+  # Of blocks there are two, one of them on its way; sums are float32.
+  if backward:
+    dq = (3 + 2 * own_q) * queries + 2 * (keys + prefix)
+    dkv = (2 + own_q) * queries + 4 * keys
+    blocks, sums = max(dq, dkv), max((1 + own_q) * queries, 2 * keys)
+    kept = 10
+  else:
+    blocks, sums = (2 + own_q) * queries + 2 * (keys + prefix), queries
+    kept = 6
+  # What the compiler keeps of a tile of logits was measured. float32 operands
+  # become three bfloat16 parts each.
+  parts = 0
+  if x.q.dtype == jnp.float32:
+    parts = 6 * (2 * queries + 2 * keys)
+    kept += 18
+  bytes_of_blocks = 2 * blocks * x.q.dtype.itemsize
+  return bytes_of_blocks + 4 * sums + kept * rows_k * p.block_q + parts
 
 
 def check(spec: Spec, x: Operands):
