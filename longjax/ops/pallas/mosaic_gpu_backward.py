@@ -157,7 +157,7 @@ def _operands(spec, x, lse, delta, dout, configs):
 
 
 def _plan(spec, x, kernel, config):
-  _, num_queries, residues, heads, _ = x.q.shape
+  _, num_queries, residues, heads, size = x.q.shape
   num_keys, kv_heads = x.k.shape[1], x.k.shape[3]
   group = heads // kv_heads
   plan = functools.partial(
@@ -166,6 +166,7 @@ def _plan(spec, x, kernel, config):
     config,
     num_queries,
     num_keys,
+    size,
     x.q_ids is not None,
     1 - spec.dropout_rate,
   )

@@ -34,6 +34,7 @@ class Plan(NamedTuple):
   config: GpuConfig
   num_queries: int
   num_keys: int
+  size: int
   ids: bool
   kept: float
   classes: int
@@ -69,7 +70,7 @@ def _place(plan, ref):
   return _Place(head, sequence, in_class, tile, residue, at)
 
 
-def _products(own, walked, both):
+def _products(own, walked, count):
   """[S, dP] of a tile, or the first alone."""
 
   def products(*accs):
@@ -82,30 +83,41 @@ def _products(own, walked, both):
     ]
 
   acc = plgpu.ACC((own[0].shape[0], walked[0].shape[0]), jnp.float32)
-  return pl.run_scoped(products, *[acc] * (1 + both))
+  return pl.run_scoped(products, *[acc] * count)
 
 
-def _differentiate(spec, q_axis, products, hide, vector):
-  """(drop(P), dS) of a tile, dS None without dP.
+def _differentiate(plan, q_axis, own, walked, hide, vector, wants_ds=True):
+  """(drop(P), dS) of a tile, or (drop(P), None).
 
   Args:
+    own, walked: pairs of tiles whose products are S and dP.
     hide: sets logits to -inf.
     vector: a number for each query or key, by name. Called late, so that what
       is loaded does not lie in registers meanwhile.
   """
-  s, *dp = products
+  spec = plan.spec
+  # Both products at once keep the tensor cores busier, but may take more
+  # registers than there are: beside the slope of the soft cap, for one.
+  at_once = spec.soft_cap is None and (plan.size <= 128 or q_axis == 1)
+  s, *dp = _products(own, walked, 1 + (wants_ds and at_once))
   s, factor, slope = common.logits(spec, s)
   p = hide(s) * factor - common.wide(vector('lse'), s.shape, q_axis)
   p = jnp.exp2(p)
-  dropped = p
-  if spec.dropout_rate:
+
+  def drop(y):
+    if not spec.dropout_rate:
+      return y
     words = vector('q_words'), vector('k_words')
-    dropped, *dp = (common.drop(y, spec, *words, q_axis) for y in (p, *dp))
-  if not dp:
+    return common.drop(y, spec, *words, q_axis)
+
+  dropped = drop(p)
+  if not wants_ds:
     return dropped, None
   if slope is not None:
     p = p * slope
-  return dropped, p * (dp[0] - common.wide(vector('delta'), p.shape, q_axis))
+  (dp,) = dp or _products(own[1:], walked[1:], 1)
+  delta = common.wide(vector('delta'), p.shape, q_axis)
+  return dropped, p * (drop(dp) - delta)
 
 
 def _hide(plan, at, q_axis, first_query, first_key, vector):
@@ -120,7 +132,9 @@ def _hide(plan, at, q_axis, first_query, first_key, vector):
       row, causal = vector('prefix_row'), plan.spec.prefix_causal
       s = common.mask_prefix(s, at, first_query, row, q_axis, causal)
     else:
-      s = common.mask_band(s, at, first_query, first_key, q_axis)
+      # Sums of head size 256 leave no registers for a second tile.
+      mask = common.mask_interval if plan.size > 128 else common.mask_band
+      s = mask(s, at, first_query, first_key, q_axis)
     if plan.ids:
       s = common.mask_ids(s, vector('q_ids'), vector('k_ids'), q_axis)
     return s
@@ -243,8 +257,7 @@ def dq(plan, ref, out, **scratch):
       walked = [scratch['walked_s'].at[slot, i] for i in range(2)]
       vector = _vectors(own | more, scratch, slot)
       hide = _hide(plan, at, 0, first, first_key, vector)
-      products = _products(pair, walked, True)
-      _, ds = _differentiate(spec, 0, products, hide, vector)
+      _, ds = _differentiate(plan, 0, pair, walked, hide, vector)
       ds = _factor(scratch, warpgroup, 0, ds, own_s.dtype)
       plgpu.wgmma(acc, ds, walked[0])
 
@@ -355,14 +368,15 @@ def dkv(plan, ref, out, **scratch):
       own['prefix_row'] = _of_rows(ref['prefix_row'].at[g, rows])
     plgpu.barrier_wait(mine)
 
+    pair = [own_s.at[i] for i in range(2)]
+
     def update(sums, j, slot):
       _, first_query = place_of(j)
       walked = [scratch['walked_s'].at[slot, i] for i in range(2)]
       vector = _vectors(own, scratch, slot)
       first_key = None if prefix else first
       hide = _hide(plan, at, 1, first_query, first_key, vector)
-      products = _products([own_s.at[0], own_s.at[1]], walked, 'k' in sums)
-      p, ds = _differentiate(spec, 1, products, hide, vector)
+      p, ds = _differentiate(plan, 1, pair, walked, hide, vector, 'k' in sums)
       factors = dict(v=(p, walked[1]), k=(ds, walked[0]))
       for number, (name, acc) in enumerate(sums.items()):
         left, right = factors[name]

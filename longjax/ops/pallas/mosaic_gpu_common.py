@@ -48,7 +48,7 @@ class GpuConfig:
 
   Attributes:
     own: rows of a compute warpgroup, a multiple of 64.
-    walk: rows of a walked tile, a multiple of 64.
+    walk: rows of a walked tile, a multiple of 32.
     stages: slots of the ring.
     groups: compute warpgroups.
     p_in_smem: probabilities become operands of a product through shared memory
@@ -63,12 +63,12 @@ class GpuConfig:
   p_in_smem: bool = False
 
   def __post_init__(self):
-    for name in ('own', 'walk'):
-      rows = getattr(self, name)
-      if rows < 64 or rows % 64:
-        raise ValueError(f'{name} must be a multiple of 64, got {rows}')
-    if self.stages < 1:
-      raise ValueError(f'stages must be positive, got {self.stages}')
+    for name, multiple in (('own', 64), ('walk', 32), ('stages', 1)):
+      value = getattr(self, name)
+      if value < multiple or value % multiple:
+        raise ValueError(
+          f'{name} must be a positive multiple of {multiple}, got {value}'
+        )
     if self.groups not in _REGISTERS:
       raise ValueError(
         f'groups must be one of {(*_REGISTERS,)}, got {self.groups}'
@@ -80,27 +80,16 @@ class GpuConfig:
     return self.groups * self.own
 
 
-def default_config(
-  head_size: int,
-  *,
-  prefix: bool = False,
-  prefix_q: bool = False,
-  featured: bool = False,
-) -> GpuConfig:
-  """Tiles of the forward kernel, chosen by what ptxas can hold in registers.
+def default_config(head_size: int, *, prefix_q: bool = False) -> GpuConfig:
+  """Tiles of the forward kernel, for which ptxas needs no spills.
 
   Args:
     head_size: one of HEAD_SIZES.
-    prefix: whether there is one.
-    prefix_q: whether it is met by queries of its own, which take as much
-      shared memory again as the queries.
-    featured: whether there are segment ids or dropout, which take registers.
+    prefix_q: whether there is a prefix with queries of its own, which take as
+      much shared memory again as the queries.
   """
   if head_size == 256:
-    # A second warpgroup's prefix queries would not fit in shared memory.
-    return GpuConfig(walk=64, groups=1 if prefix_q else 2)
-  if featured or (head_size == 96 and prefix):
-    return GpuConfig(walk=64, stages=3)
+    return GpuConfig(walk=32 if prefix_q else 64)
   # Three stages of 128 keys of 128 numbers would be 48 bytes too many.
   return GpuConfig(walk=128, stages=2 if head_size == 128 else 3)
 
@@ -272,6 +261,10 @@ def interval(where, sequence, num_keys: int) -> Interval:
       contract.END,
     )
   )
+  # Bounds beyond all rows and keys say no more, and sums with them overflow.
+  far = contract.UNBOUNDED // 2
+  left = jnp.clip(left, shift - num_keys, shift + far)
+  right = jnp.clip(right, -shift - far, num_keys - shift)
   return Interval(
     left, right, shift, jnp.maximum(begin, 0), jnp.minimum(end, num_keys)
   )
@@ -366,15 +359,23 @@ def inside_tiles(at: Interval, first, rows: int, walk: int, q_axis: int):
 
 def mask_interval(s, at: Interval, first_query, first_key, q_axis: int):
   """`mask_band` for a tile that may be seen in part."""
-  key = numbers(s.shape, 1 - q_axis)
-  distance = numbers(s.shape, q_axis) - key
-  # Every bound is brought to the numbers of the tile as a scalar.
-  offset = first_query + at.shift - first_key
-  seen = (
-    (distance >= -at.right - offset)
-    & (distance <= at.left - offset)
-    & (key >= at.begin - first_key)
-    & (key < at.end - first_key)
+  # What each row sees is an interval of columns: two numbers of a row, found
+  # anew for each tile. Distances between rows and columns would be a tile that
+  # is the same all along the walk, and would lie in registers all along.
+  row = plgpu.broadcasted_iota(jnp.int32, s.shape[:1], 0, layout=ROW)
+  if q_axis == 0:
+    row = row + (first_query + at.shift - first_key)
+    first = jnp.maximum(row - at.left, at.begin - first_key)
+    last = jnp.minimum(row + at.right, at.end - first_key - 1)
+  else:
+    key = row + first_key
+    row = key - (first_query + at.shift)
+    exists = (key >= at.begin) & (key < at.end)
+    first = row - at.right
+    last = jnp.where(exists, row + at.left, -1)
+  column = numbers(s.shape, 1)
+  seen = (column >= wide(first, s.shape, 0)) & (
+    column <= wide(last, s.shape, 0)
   )
   return jnp.where(seen, s, -jnp.inf)
 
