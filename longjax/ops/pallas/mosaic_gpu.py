@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 
 from longjax.ops.pallas import mosaic_gpu_common as common
 from longjax.ops.pallas.contract import Operands, Spec
+from longjax.ops.pallas.mosaic_gpu_backward import backward
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig, check
 
-__all__ = ['check', 'default_config', 'forward', 'shared_memory']
+__all__ = ['backward', 'check', 'default_config', 'forward', 'shared_memory']
 
 
 def forward(
@@ -94,12 +95,8 @@ class _Plan(NamedTuple):
 
 def default_config(spec: Spec, x: Operands) -> GpuConfig:
   """Tiles of `forward` for these operands."""
-  return common.default_config(
-    x.q.shape[-1],
-    prefix=x.prefix is not None,
-    prefix_q=x.prefix is not None and x.prefix.q is not None,
-    featured=x.q_ids is not None or spec.dropout_rate > 0,
-  )
+  has_prefix_q = x.prefix is not None and x.prefix.q is not None
+  return common.default_config(x.q.shape[-1], prefix_q=has_prefix_q)
 
 
 def _operands(spec, x, config):
@@ -143,9 +140,9 @@ def _scratch(spec, x, config):
   c, size, dtype = config, x.q.shape[-1], x.q.dtype
   copies = 1 + (x.prefix is not None and x.prefix.q is not None)
   scratch = dict(
-    q_s=common.smem((c.groups, copies, c.own, size), dtype),
-    k_s=common.smem((c.stages, c.walk, size), dtype),
-    v_s=common.smem((c.stages, c.walk, size), dtype),
+    q_s=common.smem((c.groups, copies, c.own, size), dtype, c.walk),
+    k_s=common.smem((c.stages, c.walk, size), dtype, c.walk),
+    v_s=common.smem((c.stages, c.walk, size), dtype, c.walk),
     lse_s=plgpu.SMEM((c.groups, c.own), jnp.float32),
     mine=plgpu.Barrier(num_barriers=c.groups, num_arrivals=copies),
     empty=plgpu.Barrier(num_barriers=c.stages, num_arrivals=c.groups),
@@ -160,7 +157,7 @@ def _scratch(spec, x, config):
       arrivals += 1
   scratch['full'] = plgpu.Barrier(num_barriers=c.stages, num_arrivals=arrivals)
   if c.p_in_smem:
-    scratch['p_s'] = common.smem((c.groups, c.own, c.walk), dtype)
+    scratch['p_s'] = common.smem((c.groups, c.own, c.walk), dtype, size)
   return scratch
 
 
