@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 
-from experiments.benchmarks import cases, report
+from experiments.benchmarks import cases, process, report
 from experiments.benchmarks.cases import MODES
 from experiments.benchmarks.cpu_attention import commit
 from experiments.benchmarks.process import ROOT, Failed, Hangs, Process
@@ -245,14 +245,10 @@ class Record:
 def run(args, record, todo):
   """Times the cases; returns how many were left for want of time."""
   deadline = time.monotonic() + args.budget_seconds
-  environment = {
-    'JAX_PLATFORMS': 'cpu' if args.rehearse else 'cuda,cpu',
-    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+  environment = process.environment(args.rehearse) | {
     'HF_HUB_OFFLINE': '1',
     'TOKENIZERS_PARALLELISM': 'false',
   }
-  if args.rehearse:
-    environment['CUDA_VISIBLE_DEVICES'] = ''
   pythons = {MODULES['jax']: args.python, MODULES['torch']: args.torch_python}
   log_path = pathlib.Path(args.record) / 'workers.log'
   with (

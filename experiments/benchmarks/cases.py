@@ -310,7 +310,9 @@ def rehearsal_cases() -> list[Case]:
     window(256, 100, 64, tokens=256, heads=1),
     segments,
     dilation(256, 40, 2, 64, tokens=256, heads=1),
-    longformer(128, 3, side=32, layer=True, tokens=128),
+    dataclasses.replace(
+      longformer(128, 3, side=32, layer=True, tokens=128), heads=2
+    ),
     dataclasses.replace(longformer(128, 3, side=32, tokens=128), heads=1),
     lambda_mask(256, 64, 4, size=64, tokens=256, heads=1),
   ]

@@ -18,6 +18,24 @@ import traceback
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def environment(rehearse):
+  """Of workers that use the GPU or, in a rehearsal, Pallas' interpreter."""
+  if not rehearse:
+    return {
+      'JAX_PLATFORMS': 'cuda,cpu',
+      # Several processes share the device.
+      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+    }
+  return {
+    'JAX_PLATFORMS': 'cpu',
+    'CUDA_VISIBLE_DEVICES': '',
+    # A pool of as many threads as cores would be used up by waiting warpgroups,
+    # and the one they wait for would never run.
+    'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=false '
+    '--xla_force_host_platform_device_count=8',
+  }
+
+
 class Failed(Exception):
   """A request that was not answered as hoped; the text is the reason."""
 

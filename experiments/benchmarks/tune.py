@@ -27,7 +27,12 @@ import time
 
 from experiments.benchmarks import cases, timing
 from experiments.benchmarks.cpu_attention import commit
-from experiments.benchmarks.process import Failed, Hangs, Process
+from experiments.benchmarks.process import (
+  Failed,
+  Hangs,
+  Process,
+  environment,
+)
 
 KERNELS = ('forward', 'dq', 'dkv')
 FEATURES = ('plain', 'featured', 'prefix_q', 'residues')
@@ -317,10 +322,6 @@ def main(arguments=None):
     return work()
   folder = pathlib.Path(args.record)
   folder.mkdir(parents=True, exist_ok=True)
-  environment = {
-    'JAX_PLATFORMS': 'cpu' if args.rehearse else 'cuda,cpu',
-    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-  }
   table = {
     'commit': args.commit or commit(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -333,7 +334,7 @@ def main(arguments=None):
         sys.executable,
         'experiments.benchmarks.tune',
         '--worker',
-        environment=environment,
+        environment=environment(args.rehearse),
         log=log,
       )
       for _ in range(args.workers)

@@ -194,8 +194,13 @@ def _calls():
 CALLS = _calls()
 
 # Small enough for the interpreter: the rehearsal.
-REHEARSAL = (
-  'kernel: D64 65 rows',
-  'kernel: D64 prefix with queries',
-  'call: 129 tokens',
+KERNELS['small, with a prefix'] = (
+  {},
+  BASE | dict(num_queries=65, heads=1, kv_heads=1, prefix=10, prefix_q=True),
 )
+CALLS['small'] = (
+  longjax.SlidingWindow(40),
+  dict(size=64, length=70, heads=1, batch=1, dtype=BF16),
+  {},
+)
+REHEARSAL = ('kernel: small, with a prefix', 'call: small')

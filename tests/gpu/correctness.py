@@ -26,6 +26,7 @@ import time
 from experiments.benchmarks import process
 
 CASE_SECONDS = 100
+# On a GPU; the interpreter is as steady as it is slow.
 RUNS = 3
 
 
@@ -75,13 +76,13 @@ def compare(got, wanted, allowed):
   return errors
 
 
-def repeatedly(run, arguments, others):
-  """The result of `run`, which must be the same RUNS times."""
+def repeatedly(run, arguments, others, runs=RUNS):
+  """The result of `run`, which must be the same each time."""
   import jax
   import numpy as np
 
   first = jax.tree.map(np.asarray, run(*arguments))
-  for _ in range(RUNS - 1):
+  for _ in range(runs - 1):
     jax.block_until_ready(run(*others))
     again = jax.tree.map(np.asarray, run(*arguments))
     for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
@@ -131,7 +132,9 @@ def check_kernel(name, implementation):
     saved = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     sets.append(((y, saved, delta, dout), (out, lse, gradients)))
   (given, (out, lse, gradients)), (others, _) = sets
-  got_out, got_lse, got = repeatedly(kernels, given, others)
+  got_out, got_lse, got = repeatedly(
+    kernels, given, others, 1 if interpret else RUNS
+  )
 
   def named(out, lse, gradients):
     values = {'out': out, 'lse': lse} | {
@@ -181,7 +184,8 @@ def check_call(name, implementation):
     dout = normal(seed + 7, *q.shape, dtype=q.dtype)
     sets.append((q, k, v, dout, normal(seed + 9, *q.shape[:3])))
   with interpreting():
-    got = repeatedly(both(implementation, q.dtype), *sets)
+    runs = 1 if interpreter() else RUNS
+    got = repeatedly(both(implementation, q.dtype), *sets, runs)
   with jax.default_matmul_precision('highest'):
     wanted = both('reference', jnp.float32)(*sets[0])
   return compare(
@@ -298,13 +302,11 @@ def main(arguments=None):
   args = parse(arguments)
   if args.worker:
     return work()
-  environment = {
-    'JAX_PLATFORMS': 'cpu' if args.rehearse else 'cuda,cpu',
-    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+  environment = process.environment(args.rehearse)
+  if not args.rehearse:
     # Most of the time is compiling, and how fast XLA's part is matters not.
-    'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')
-    + ' --xla_gpu_autotune_level=0',
-  }
+    flags = os.environ.get('XLA_FLAGS', '')
+    environment['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'
   folder = pathlib.Path(args.record) if args.record else None
   log = None
   if folder:
