@@ -269,3 +269,53 @@ def run_local(config: ml_collections.ConfigDict, *, stages) -> None:
     batch_size=8,
     test_characters=16_384,
   )
+
+
+VARIANTS = (
+  'vanilla',
+  'window only',
+  'mask only',
+  'ceiling only',
+  'LM-Infinite',
+  'StreamingLLM',
+  'Self-Extend',
+  'truncation',
+)
+
+
+def measurements(
+  trained_length: int, start: int = 10
+) -> ml_collections.ConfigDict:
+  """What `main.py --mode=measure` does to a pretrained model.
+
+  Args:
+    trained_length: L, LM-Infinite's window and distance ceiling.
+    start: G, how many of the first tokens stay visible.
+  """
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = ml_collections.ConfigDict(
+    dict(
+      path='',  # a folder in Hugging Face's format, or a llama2.c .bin
+      tokenizer='',  # if it is not in the folder
+      dtype='',  # of the weights; '' for what the model says
+      trained_length=trained_length,
+      start=start,
+    )
+  )
+  # A plain or .xz file, whose documents follow each other.
+  config.text = ml_collections.ConfigDict(
+    dict(path='', separator='<|endoftext|>')
+  )
+  config.variants = VARIANTS
+  # Lengths of 0 and no samples: not measured.
+  config.loss_by_position = ml_collections.ConfigDict(
+    dict(length=8 * trained_length, documents=10, chunk=trained_length)
+  )
+  config.streaming = ml_collections.ConfigDict(
+    dict(length=0, chunk=trained_length)
+  )
+  config.passkey = ml_collections.ConfigDict(
+    dict(lengths=(0,), depths=(0.1, 0.5, 0.9), samples=0)
+  )
+  return config.lock()

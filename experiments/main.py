@@ -5,6 +5,8 @@
     --mode=evaluate
   python -m experiments.main --config=configs/demo.py --workdir=runs/demo \
     --mode=sample --prompt='def '
+  python -m experiments.main --config=configs/lm_infinite_stories.py \
+    --workdir=runs/stories --mode=measure
 
 A setting is changed by its name, --config.evaluation.stride=256, also within a
 stage, --config.stages[0].steps=100. Run again with the same --workdir, training
@@ -21,7 +23,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import cli
+from experiments import cli, measure
 from longjax import training
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,7 +31,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ['train', 'evaluate', 'sample'], 'What to do.'
+  'mode', 'train', ['train', 'evaluate', 'sample', 'measure'], 'What to do.'
 )
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint', '', "Evaluate or sample this one, not the workdir's newest."
@@ -55,7 +57,11 @@ def main(argv):
     # orbax logs every file it opens, and again each error that it raises.
     logging.set_verbosity(logging.FATAL)
   config, workdir = _CONFIG.value, _WORKDIR.value
-  if _MODE.value == 'train':
+  if _MODE.value == 'measure':
+    result = measure.measure(config, workdir)
+  elif 'stages' not in config:
+    raise ValueError('this config trains nothing: it is for --mode=measure')
+  elif _MODE.value == 'train':
     result = training.train_and_evaluate(config, workdir)
   elif _MODE.value == 'evaluate':
     result = training.evaluate(config, workdir, _CHECKPOINT.value)

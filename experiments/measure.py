@@ -1,17 +1,17 @@
-"""Loss by position far beyond the trained length: LM-Infinite's figure 5.
+"""Measures a pretrained model far beyond its trained length (LM-Infinite).
 
-  python -m experiments.length_generalization --model=FOLDER_OR_BIN \
-    --text=FILE --trained_length=512 --length=32768 --out=FOLDER
+Run by `main.py --mode=measure` with one of configs/lm_infinite_*.py. The model
+(a folder in Hugging Face's format, or a llama2.c .bin) is measured as it is and
+with each variant of its attention; nothing is trained. The workdir gets
 
-A pretrained model (a folder in Hugging Face's format, or a llama2.c .bin with
---tokenizer) reads texts of `length` tokens, once with each variant: the model
-as it is, the Λ-mask's window alone, mask alone, distance ceiling alone, both
-(LM-Infinite), truncated input, and the rivals StreamingLLM and Self-Extend. The
-texts are cut from FILE, whose documents (split at --separator) follow each
-other. Variants that are finished are not run again. FOLDER gets results.json
-and loss.png.
+  loss_by_position.json, .png   figures 3 to 5: nats by position in long texts
+  streaming.json, .png          figure 4: one text without end, by chunks
+  passkey.json, .png            table 2: a number hidden in a text, asked for
+
+Measurements that are finished are kept, and not done again.
 """
 
+import itertools
 import json
 import lzma
 import os
@@ -22,37 +22,13 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import longjax
-from experiments import cli
 from longjax.evaluation import length as evaluation
+from longjax.evaluation import passkey
 from longjax.interop import load_llama2c, load_pretrained, load_tokenizer
-
-_MODEL = flags.DEFINE_string('model', None, 'Pretrained folder, or .bin file.')
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, "Its tokenizer, if it is not in the model's folder."
-)
-_TEXT = flags.DEFINE_string('text', None, 'Text file, plain or .xz.')
-_SEPARATOR = flags.DEFINE_string(
-  'separator', '<|endoftext|>', 'What stands between the documents of a text.'
-)
-_OUT = flags.DEFINE_string('out', None, 'Folder of the results.')
-_RUNS = flags.DEFINE_string(
-  'runs', 'runs/length_generalization', 'Folder of what is finished.'
-)
-_TRAINED = flags.DEFINE_integer(
-  'trained_length', None, 'L: tokens of a text that the model was trained on.'
-)
-_START = flags.DEFINE_integer('start', 10, 'G: first tokens that stay visible.')
-_LENGTH = flags.DEFINE_integer('length', 32768, 'Tokens of a text.')
-_DOCUMENTS = flags.DEFINE_integer('documents', 3, 'How many texts.')
-_CHUNK = flags.DEFINE_integer('chunk', 512, 'Tokens read at a time.')
-_VARIANTS = flags.DEFINE_list('variants', None, 'Some of them only.')
-
-flags.mark_flags_as_required(['model', 'text', 'out', 'trained_length'])
-flags.register_validator('trained_length', lambda n: n is None or n >= 8)
 
 
 def variants(length: int, start: int) -> dict:
@@ -70,144 +46,293 @@ def variants(length: int, start: int) -> dict:
   }
 
 
-def make_texts(tokenizer, text, separator, length, count) -> np.ndarray:
-  """int32 [count, length]: the text's documents, one after the other.
+def measure(config: ConfigDict, workdir: str) -> dict:
+  """Does what the config asks for; returns the means, by measurement.
 
   Raises:
-    ValueError: the text has too few tokens.
+    ValueError, FileNotFoundError: a path or number that cannot be; before
+      anything is computed where that can be seen.
   """
-  tokens, total = [], 0
-  for document in filter(None, (d.strip() for d in text.split(separator))):
-    tokens += tokenizer.encode(document)
-    total = len(tokens)
-    if total >= count * length:
-      return np.array(tokens[: count * length], np.int32).reshape(count, -1)
-  raise ValueError(
-    f'{count} texts of {length} tokens need {count * length}, the text has '
-    f'{total}'
-  )
+  run = _Run(config, pathlib.Path(workdir))
+  asked = {
+    run.loss_by_position: config.loss_by_position.length,
+    run.streaming: config.streaming.length,
+    run.passkey: config.passkey.samples,
+  }
+  return {done.__name__: done() for done, size in asked.items() if size}
 
 
-def load(pattern):
-  path = pathlib.Path(_MODEL.value)
-  options = {} if pattern is None else {'patterns': pattern}
-  if path.suffix == '.bin':
-    return load_llama2c(path, **options)
-  return load_pretrained(path, **options)
+class _Run:
+  """One model, its tokenizer and text, and where results go."""
 
-
-def losses_of(label, pattern, texts) -> np.ndarray:
-  model = load(pattern)
-  if pattern is None:
-    length = _TRAINED.value
-    return evaluation.truncated_losses(
-      model, texts, length=length, stride=length // 2
-    )
-  count = -(-(texts.shape[1] - 1) // _CHUNK.value)
-
-  def progress(chunks):
-    return tqdm(chunks, desc=label, total=count, unit='chunk')
-
-  # One text at a time: vanilla attention to all of it needs the memory.
-  return np.concatenate(
-    [
-      evaluation.streamed_losses(
-        model, row[None], chunk=_CHUNK.value, progress=progress
+  def __init__(self, config, workdir):
+    model = config.model
+    self.config, self.workdir = config, workdir
+    for name in ('path', 'tokenizer'):
+      if name == 'path' and not model.path:
+        raise ValueError('config.model.path is empty: name a pretrained model')
+      if model[name] and not pathlib.Path(model[name]).exists():
+        raise FileNotFoundError(
+          f'config.model.{name}={model[name]} does not exist'
+        )
+    if not 0 <= model.start < model.trained_length:
+      raise ValueError(
+        f'config.model.start={model.start} must lie in 0 ... '
+        f'{model.trained_length - 1} (below the trained length)'
       )
-      for row in texts
-    ]
-  )
+    known = variants(model.trained_length, model.start)
+    if unknown := set(config.variants) - set(known):
+      raise ValueError(
+        f'config.variants {sorted(unknown)} are not in {list(known)}'
+      )
+    self.variants = {label: known[label] for label in config.variants}
+    self.tokenizer = load_tokenizer(model.tokenizer or model.path)
+    self._models = {}
+    workdir.mkdir(parents=True, exist_ok=True)
+
+  def model(self, label):
+    pattern, path = self.variants[label], pathlib.Path(self.config.model.path)
+    # One at a time: a real model fills the memory.
+    if label not in self._models:
+      options = {} if pattern is None else {'patterns': pattern}
+      if self.config.model.dtype:
+        options['dtype'] = self.config.model.dtype
+      load = load_llama2c if path.suffix == '.bin' else load_pretrained
+      self._models = {label: load(path, **options)}
+    return self._models[label]
+
+  def tokens(self, count: int, repeat: bool = False) -> np.ndarray:
+    """The first `count` tokens of the text's documents, one after another."""
+    text = self.config.text
+    if not text.path:
+      raise ValueError('config.text.path is empty: name a text file')
+    path = pathlib.Path(text.path)
+    opened = lzma.open if path.suffix == '.xz' else open
+    with opened(path, 'rt', encoding='utf-8') as file:
+      documents = file.read().split(text.separator)
+    tokens = []
+    for document in filter(None, map(str.strip, documents)):
+      tokens += self.tokenizer.encode(document)
+      if len(tokens) >= count:
+        break
+    if not tokens or (len(tokens) < count and not repeat):
+      raise ValueError(
+        f'{count} tokens are needed, config.text.path={path} has {len(tokens)}'
+      )
+    return np.resize(np.array(tokens, np.int32), count)
+
+  def finished(self, name) -> dict:
+    """{label: result} of an earlier run of this very measurement."""
+    path = self.workdir / f'{name}.json'
+    if not path.exists():
+      return {}
+    record = json.loads(path.read_text())
+    if record['settings'] != self._settings(name):
+      raise ValueError(
+        f'{path} was measured with other settings: choose another workdir'
+      )
+    return record['results']
+
+  def _settings(self, name):
+    model, text = self.config.model, self.config.text
+    return json.loads(
+      json.dumps(
+        {
+          # Names only: where files lay is of no interest.
+          'model': {
+            **model.to_dict(),
+            'path': pathlib.Path(model.path).name,
+            'tokenizer': pathlib.Path(model.tokenizer).name,
+          },
+          'text': {
+            **text.to_dict(),
+            'path': pathlib.Path(text.path).name,
+          },
+          name: self.config[name].to_dict(),
+        }
+      )
+    )
+
+  def write(self, name, results):
+    record = {
+      'settings': self._settings(name),
+      'commit': _commit(),
+      'device': f'{jax.devices()[0].device_kind}, {platform.machine()}, '
+      f'{os.cpu_count()} cores',
+      'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+      'results': results,
+    }
+    path = self.workdir / f'{name}.json'
+    path.with_suffix('.tmp').write_text(json.dumps(record, indent=2) + '\n')
+    path.with_suffix('.tmp').replace(path)
+
+  # The measurements.
+
+  def loss_by_position(self):
+    """Figures 3 to 5: mean nats by position, over `documents` texts."""
+    settings = self.config.loss_by_position
+    trained = self.config.model.trained_length
+    length, documents = settings.length, settings.documents
+    if length <= trained:
+      raise ValueError(
+        f'config.loss_by_position.length={length} must exceed the trained '
+        f'length {trained}'
+      )
+    texts = self.tokens(length * documents).reshape(documents, length)
+    results = self.finished('loss_by_position')
+    for label in self.variants:
+      if label in results:
+        continue
+      started = time.perf_counter()
+      losses = self._losses(label, texts, settings.chunk)
+      curve = evaluation.loss_by_position(losses, _octaves(trained, length))
+      results[label] = {
+        'pattern': str(self.variants[label]),
+        'beyond_trained_length': float(
+          losses[:, trained:].mean(dtype=np.float64)
+        ),
+        'seconds': time.perf_counter() - started,
+        **vars(curve),
+      }
+      self.write('loss_by_position', results)
+    fields = ('edges', 'mean', 'low', 'high', 'documents')
+    curves = {
+      label: evaluation.LossByPosition(*(result[f] for f in fields))
+      for label, result in results.items()
+    }
+    evaluation.draw(
+      curves,
+      self.workdir / 'loss_by_position.png',
+      trained_length=trained,
+      title=f'{pathlib.Path(self.config.model.path).stem}, {documents} texts',
+      limit=min(min(curve.mean) for curve in curves.values()) + 3,
+    )
+    return {k: r['beyond_trained_length'] for k, r in results.items()}
+
+  def _losses(self, label, texts, chunk):
+    model, trained = self.model(label), self.config.model.trained_length
+    if self.variants[label] is None:
+      return evaluation.truncated_losses(
+        model, texts, length=trained, stride=max(trained // 2, 1)
+      )
+    count = -(-(texts.shape[1] - 1) // chunk)
+    # One text at a time: vanilla attention to all of it needs the memory.
+    return np.concatenate(
+      [
+        evaluation.streamed_losses(
+          model,
+          row[None],
+          chunk=chunk,
+          progress=lambda chunks: tqdm(
+            chunks, desc=label, total=count, unit='chunk'
+          ),
+        )
+        for row in texts
+      ]
+    )
+
+  def streaming(self):
+    """Figure 4: loss, time and memory along one text, with LM-Infinite."""
+    settings = self.config.streaming
+    label = 'LM-Infinite'
+    trained, start = self.config.model.trained_length, self.config.model.start
+    self.variants.setdefault(label, variants(trained, start)[label])
+    results = self.finished('streaming')
+    if label not in results:
+      text = self.tokens(settings.length, repeat=True)[None]
+      chunks = evaluation.stream(self.model(label), text, chunk=settings.chunk)
+      count = -(-(settings.length - 1) // settings.chunk)
+      rows = [
+        (c.first, float(c.losses.mean()), c.seconds, _resident_bytes())
+        for c in tqdm(chunks, desc='streaming', total=count, unit='chunk')
+      ]
+      # A hundred points: the mean loss and time of each, memory at its end.
+      groups = np.array_split(np.arange(len(rows)), min(100, len(rows)))
+      columns = [np.array(column) for column in zip(*rows, strict=True)]
+      first, losses, seconds, memory = columns
+      results[label] = {
+        'position': [int(first[g[0]]) for g in groups],
+        'nats': [float(losses[g].mean()) for g in groups],
+        # The first chunk compiles.
+        'seconds_per_chunk': [
+          float(np.median(seconds[g[g > 0]])) for g in groups if (g > 0).any()
+        ],
+        'resident_bytes': [int(memory[g[-1]]) for g in groups],
+        'repeats_of_text': settings.length
+        / max(1, self._distinct(settings.length)),
+      }
+      self.write('streaming', results)
+    result = results[label]
+    evaluation.draw_stream(result, self.workdir / 'streaming.png')
+    half = len(result['nats']) // 2
+    return {
+      name: [float(np.mean(part)) for part in (values[:half], values[half:])]
+      for name, values in result.items()
+      if name in ('nats', 'seconds_per_chunk', 'resident_bytes')
+    }
+
+  def _distinct(self, count):
+    """How many tokens there are before the text repeats."""
+    try:
+      self.tokens(count)
+      return count
+    except ValueError as error:
+      return int(str(error).rsplit(' ', 1)[-1])
+
+  def passkey(self):
+    """Table 2: share of hidden numbers found, by length and depth."""
+    settings = self.config.passkey
+    results = self.finished('passkey')
+    for label in self.variants:
+      if label in results or self.variants[label] is None:
+        continue
+      model, found = self.model(label), {}
+      grid = list(itertools.product(settings.lengths, settings.depths))
+      for length, depth in tqdm(grid, desc=f'passkey, {label}'):
+        found[f'{length},{depth}'] = passkey.accuracy(
+          model,
+          self.tokenizer,
+          length=length,
+          depth=depth,
+          samples=settings.samples,
+          seed=self.config.seed,
+        )
+      results[label] = {
+        'found': found,
+        'mean': float(np.mean([*found.values()])),
+      }
+      self.write('passkey', results)
+    passkey.draw(
+      {label: result['found'] for label, result in results.items()},
+      self.workdir / 'passkey.png',
+    )
+    return {label: result['mean'] for label, result in results.items()}
 
 
-def octaves(trained: int, length: int) -> list[int]:
+def _octaves(trained: int, length: int) -> list[int]:
   """Edges: four bins an octave from a sixteenth of the trained length on."""
-  edges, step = [1], trained / 16
-  while step < length:
-    edges.append(round(step))
+  edges, step = [1], max(trained / 16, 2)
+  while round(step) < length:
+    if round(step) > edges[-1]:
+      edges.append(round(step))
     step *= 2**0.25
   return [*edges, length]
 
 
-def run():
-  chosen = variants(_TRAINED.value, _START.value)
-  labels = _VARIANTS.value or list(chosen)
-  if unknown := set(labels) - set(chosen):
-    raise ValueError(f'variants {sorted(unknown)} are not in {list(chosen)}')
-  tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value)
-  path = pathlib.Path(_TEXT.value)
-  opened = lzma.open if path.suffix == '.xz' else open
-  with opened(path, 'rt', encoding='utf-8') as file:
-    text = file.read()
-  texts = make_texts(
-    tokenizer, text, _SEPARATOR.value, _LENGTH.value, _DOCUMENTS.value
-  )
-  edges = octaves(_TRAINED.value, _LENGTH.value)
-  folder = pathlib.Path(_RUNS.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  # What the losses depend on is part of the file's name.
-  model_name = pathlib.Path(_MODEL.value).stem
-  kept = f'{model_name}_{_TRAINED.value}_{_START.value}_{texts.shape[1]}'
-  results, curves = [], {}
-  for label in labels:
-    file = folder / f'{kept}_{len(texts)}_{label.replace(" ", "_")}.npy'
-    started = time.perf_counter()
-    if file.exists():
-      losses, seconds = np.load(file), None
-    else:
-      losses = losses_of(label, chosen[label], texts)
-      seconds = time.perf_counter() - started
-      np.save(file, losses)
-    curves[label] = evaluation.loss_by_position(losses, edges)
-    beyond = losses[:, _TRAINED.value :].mean(dtype=np.float64)
-    results.append(
-      {
-        'variant': label,
-        'pattern': str(chosen[label]),
-        'mean_beyond_trained_length': float(beyond),
-        'seconds': seconds,
-        **vars(curves[label]),
-      }
-    )
-    print(f'{label}: {beyond:.4f} nats beyond the trained length', flush=True)
-    write(results, curves)
-
-
-def write(results, curves):
-  out = pathlib.Path(_OUT.value)
-  out.mkdir(parents=True, exist_ok=True)
-  record = {
-    'command': 'python -m experiments.length_generalization '
-    f'--model={pathlib.Path(_MODEL.value).name} '
-    f'--text={pathlib.Path(_TEXT.value).name} '
-    f'--trained_length={_TRAINED.value} --start={_START.value} '
-    f'--length={_LENGTH.value} --documents={_DOCUMENTS.value}',
-    'commit': subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip(),
-    'device': f'{jax.devices()[0].device_kind} ({platform.machine()}), '
-    f'{os.cpu_count()} cores',
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
-    'results': results,
-  }
-  (out / 'results.json').write_text(json.dumps(record, indent=2) + '\n')
-  lowest = min(min(curve.mean) for curve in curves.values())
-  evaluation.draw(
-    curves,
-    out / 'loss.png',
-    trained_length=_TRAINED.value,
-    title=f'{pathlib.Path(_MODEL.value).stem}, {_DOCUMENTS.value} texts',
-    limit=lowest + 3,
-  )
-
-
-def main(argv):
-  if argv[1:]:
-    raise app.UsageError(f'unknown argument {argv[1]!r}')
+def _resident_bytes() -> int:
+  """Memory the program holds now; 0 where the system does not tell."""
   try:
-    run()
-  except (ValueError, OSError) as e:
-    cli.fail(1, str(e))
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  except OSError:
+    return 0
+  return pages * os.sysconf('SC_PAGE_SIZE')
 
 
-if __name__ == '__main__':
-  app.run(main)
+def _commit() -> str | None:
+  done = subprocess.run(
+    ['git', 'rev-parse', 'HEAD'],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parent,
+  )
+  return done.stdout.strip() or None

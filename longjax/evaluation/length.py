@@ -259,3 +259,30 @@ def draw(
   axes.legend()
   axes.grid(alpha=0.3)
   canvas.savefig(path, dpi=150)
+
+
+def draw_stream(result: Mapping[str, Sequence[float]], path: str | os.PathLike):
+  """Writes a picture of loss, time and memory along one endless text.
+
+  Args:
+    result: lists 'position', 'nats', 'seconds_per_chunk', 'resident_bytes'.
+    path: of the .png.
+  """
+  from matplotlib import figure
+
+  canvas = figure.Figure(figsize=(8, 6), layout='constrained')
+  panels = (
+    ('nats', 'nats per token', 1),
+    ('seconds_per_chunk', 'seconds per chunk', 1),
+    ('resident_bytes', 'memory (MB)', 1e6),
+  )
+  for axes, (name, label, unit) in zip(
+    canvas.subplots(len(panels), sharex=True), panels, strict=True
+  ):
+    values = np.asarray(result[name]) / unit
+    # Times may lack the first point, which compiles.
+    axes.plot(result['position'][-len(values) :], values)
+    axes.set(ylabel=label, ylim=(0, 1.2 * values.max()))
+    axes.grid(alpha=0.3)
+  axes.set_xlabel('position in the text (tokens)')
+  canvas.savefig(path, dpi=150)

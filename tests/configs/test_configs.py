@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 
 from configs import common
+from experiments.measure import variants
 from longjax import training
 from longjax.models import DecoderLM
 from longjax.training.settings import make_settings
@@ -23,6 +24,14 @@ ARGUMENTS = {
   'demo': ('', 'runlocal'),
   'text8_windows': ('windows=fixed,seed=1', 'windows=decreasing'),
 }
+# Of pretrained models, which are measured and not trained.
+MEASURED = {
+  'lm_infinite_gptj': ('',),
+  'lm_infinite_llama': ('',),
+  'lm_infinite_llama2': ('',),
+  'lm_infinite_mpt': ('',),
+  'lm_infinite_stories': ('', 'stream', 'runlocal', 'stream,runlocal'),
+}
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
 
@@ -32,7 +41,7 @@ def get_config(name, arg=''):
 
 def test_no_config_is_left_out():
   files = {p.stem for p in (ROOT / 'configs').glob('*.py')}
-  assert files - {'__init__', 'common'} == set(ARGUMENTS)
+  assert files - {'__init__', 'common'} == {*ARGUMENTS, *MEASURED}
 
 
 @pytest.mark.parametrize(('name', 'arg'), ALL)
@@ -50,12 +59,27 @@ def test_loads_with_its_patterns(name, arg):
   assert settings.evaluation.stride <= settings.evaluation.length
 
 
-@pytest.mark.parametrize('name', ARGUMENTS)
+@pytest.mark.parametrize('name', [*ARGUMENTS, *MEASURED])
 def test_docstring_has_the_command_and_whether_it_was_run(name):
   text = importlib.import_module(f'configs.{name}').__doc__
   assert f'--config=configs/{name}.py' in text
   assert re.search(r'https://arxiv.org/abs/\d{4}\.\d{5}|arXiv \d{4}', text)
   assert re.search('by us|Measured|Ours', text)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg'), [(n, arg) for n, args in MEASURED.items() for arg in args]
+)
+def test_measurements(name, arg):
+  config = get_config(name, arg)
+  assert config.is_locked
+  model = config.model
+  assert set(config.variants) <= set(
+    variants(model.trained_length, model.start)
+  )
+  asked = config.loss_by_position.length, config.streaming.length
+  assert any(asked) and (not asked[0] or asked[0] > model.trained_length)
+  assert len(config.passkey.lengths) and len(config.passkey.depths)
 
 
 @pytest.mark.parametrize('name', ARGUMENTS)

@@ -1,0 +1,127 @@
+"""main.py --mode=measure on a tiny model with a tokenizer of bytes."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+import longjax
+from experiments import measure
+from longjax.interop import config_of, save_pretrained
+from longjax.models import llama
+
+TRAINED, START = 32, 4
+ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+  """A folder as of a pretrained model, random, and a text beside it."""
+  folder = tmp_path_factory.mktemp('pretrained')
+  keywords = llama(
+    vocab_size=256, num_layers=1, features=8, num_heads=2, mlp_features=8
+  )
+  model = longjax.DecoderLM(
+    **keywords, patterns=longjax.Full(), rngs=nnx.Rngs(0)
+  )
+  model = jax.tree.map(lambda x: 10 * x, model)
+  save_pretrained(model, folder, config_of(keywords, max_length=TRAINED))
+  vocabulary = {symbol: number for number, symbol in enumerate(ALPHABET)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  words = np.random.default_rng(0).choice(['a story', 'of', 'words'], 60)
+  (folder / 'text.txt').write_text(' '.join(words[:30]) + '|' + ' '.join(words))
+  return folder
+
+
+def make_config(folder):
+  config = importlib.import_module('configs.common').measurements(
+    TRAINED, START
+  )
+  with config.unlocked():
+    config.model.path = str(folder)
+    config.text.update(path=str(folder / 'text.txt'), separator='|')
+    config.loss_by_position.update(length=96, documents=2, chunk=32)
+    config.variants = ('vanilla', 'LM-Infinite', 'truncation')
+  return config
+
+
+def test_every_measurement(pretrained, tmp_path):
+  config = make_config(pretrained)
+  config.streaming.update(length=1000, chunk=100)
+  config.passkey.update(lengths=(500,), depths=(0.5,), samples=1)
+  result = measure.measure(config, tmp_path)
+  assert result.keys() == {'loss_by_position', 'streaming', 'passkey'}
+  assert result['loss_by_position'].keys() == set(config.variants)
+  record = json.loads((tmp_path / 'loss_by_position.json').read_text())
+  curve = record['results']['vanilla']
+  assert curve['edges'][0] == 1 and curve['edges'][-1] == 96
+  assert len(curve['mean']) == len(curve['edges']) - 1
+  assert curve['documents'] == 2 and curve['seconds'] > 0
+  # Nothing about this machine's folders.
+  assert str(pretrained.parent) not in json.dumps(record)
+  stream = json.loads((tmp_path / 'streaming.json').read_text())
+  stream = stream['results']['LM-Infinite']
+  assert len(stream['nats']) == 10 and stream['repeats_of_text'] > 1
+  for name in result:
+    picture = (tmp_path / f'{name}.png').read_bytes()
+    assert picture.startswith(b'\x89PNG')
+
+
+def test_what_is_finished_is_kept(pretrained, tmp_path, monkeypatch):
+  config = make_config(pretrained)
+  config.variants = ('LM-Infinite',)
+  first = measure.measure(config, tmp_path)
+  config.variants = ('LM-Infinite', 'window only')
+  asked = []
+  losses = measure._Run._losses
+
+  def spy(self, label, texts, chunk):
+    asked.append(label)
+    return losses(self, label, texts, chunk)
+
+  monkeypatch.setattr(measure._Run, '_losses', spy)
+  second = measure.measure(config, tmp_path)
+  assert asked == ['window only']
+  assert (
+    second['loss_by_position']['LM-Infinite']
+    == first['loss_by_position']['LM-Infinite']
+  )
+  config.loss_by_position.length = 90
+  with pytest.raises(ValueError, match='measured with other settings'):
+    measure.measure(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('model.path', '', 'config.model.path is empty'),
+    ('model.path', 'nowhere', 'config.model.path=nowhere does not exist'),
+    ('model.tokenizer', 'no.json', 'config.model.tokenizer=no.json does not'),
+    ('model.start', 32, r'start=32 must lie in 0 \.\.\. 31'),
+    ('variants', ('vanila',), r"variants \['vanila'\] are not in"),
+    ('text.path', '', 'config.text.path is empty'),
+    ('loss_by_position.length', 32, 'length=32 must exceed the trained'),
+    ('loss_by_position.documents', 99, '9504 tokens are needed'),
+  ],
+)
+def test_bad_input(pretrained, tmp_path, name, value, message):
+  config = make_config(pretrained)
+  config.update_from_flattened_dict({name: value})
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    measure.measure(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('trained', 'length'), [(32, 96), (512, 1024), (512, 32768), (8, 9)]
+)
+def test_edges_grow(trained, length):
+  edges = measure._octaves(trained, length)
+  assert edges[0] == 1 and edges[-1] == length
+  assert all(a < b for a, b in zip(edges, edges[1:], strict=False))
