@@ -25,7 +25,7 @@ from longjax.ops.encode import told
 from longjax.ops.merge import merge
 from longjax.ops.pallas import contract
 from longjax.ops.pallas.contract import Gradients, Operands, Prefix, Spec
-from longjax.patterns import Branch, Lambda
+from longjax.patterns import Branch
 
 # Keys are split over programs in pieces of at least this many.
 _TILE = 128
@@ -35,12 +35,10 @@ def parts_of(kernels, static, x, auxiliary) -> tuple[list['Part'], bool]:
   """The parts, and whether global keys are left to compute besides."""
   pattern, num_heads = static.pattern, x.q.shape[2]
   branches, start = pattern.branches(num_heads), 0
-  if isinstance(pattern, Lambda):
-    branches, start = branches[:1], pattern.start
+  if _are_band_and_start(pattern, branches):
+    branches, start = branches[:1], branches[1].start
   # A prefix leaves out what one interval of one sequence shows, no more.
-  (first, *more) = branches
-  plain = not more and first.stride == 1 and first.segment == math.inf
-  plain = plain and (first.heads is None or len(first.heads) == num_heads)
+  plain = len(branches) == 1 and _is_plain(branches[0], num_heads)
   own_globals = auxiliary.global_tokens is not None and plain
   parts = [
     Part(kernels, static, x, auxiliary.where, branch, heads, start, own_globals)
@@ -48,6 +46,27 @@ def parts_of(kernels, static, x, auxiliary) -> tuple[list['Part'], bool]:
     for heads in _runs(branch.heads, num_heads, num_heads // x.k.shape[2])
   ]
   return parts, auxiliary.global_tokens is not None and not own_globals
+
+
+def _is_plain(branch, num_heads):
+  every = branch.heads is None or len(branch.heads) == num_heads
+  whole = branch.start == branch.segment == math.inf
+  return every and whole and branch.stride == 1
+
+
+def _are_band_and_start(pattern, branches):
+  """Whether there are a band and the start keys before it: a Λ."""
+  if len(branches) != 2:
+    return False
+  band, start = branches
+  return (
+    band == Branch(left=band.left, right=0)
+    and start
+    == Branch(
+      right=-band.left - 1, start=start.start, distance=pattern.far_distance
+    )
+    and start.start != math.inf
+  )
 
 
 def _runs(heads, num_heads: int, group: int) -> list[range]:

@@ -129,6 +129,8 @@ TOKENS = np.array([[3, -1, 3], [38, 0, 7]])
     (longjax.SlidingWindow(5, 2, dilation=4), {}),
     (longjax.Lambda(8, 3), dict(position=longjax.RoPE())),
     (longjax.Lambda(8, 3), dict(global_tokens=TOKENS, kv_positions=2)),
+    (longjax.Lambda(8, 3, ceiling=False), dict(position=longjax.RoPE())),
+    (longjax.AttentionSinks(8, 3), dict(position=longjax.RoPE())),
     (longjax.Dilated((16,), (4,)), {}),
     (longjax.Full(), {}),
   ],
@@ -145,6 +147,25 @@ def test_a_prefix_holds_start_keys_and_global_keys_once(asked):
   assert x.prefix.q is None  # nothing is rotated
   attend(longjax.Lambda(8, 3), position=longjax.RoPE())
   assert asked[-1][1].prefix.q.shape == asked[-1][1].q.shape
+
+
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    longjax.Lambda(8, 3, ceiling=False),
+    longjax.AttentionSinks(8, 3),
+    longjax.DistanceCeiling(8),
+  ],
+)
+def test_distances_of_rivals(pattern):
+  check(
+    qkv(length=30),
+    pattern,
+    position=longjax.RoPE(),
+    q_positions=np.int32(4),
+    kv_positions=np.int32(1),
+    global_tokens=np.array([[20, 2], [7, 7]]),
+  )
 
 
 def test_heads_of_a_dilation_are_slices(asked):
