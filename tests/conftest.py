@@ -16,6 +16,10 @@ for _name, _value in {
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TF_CPP_MIN_LOG_LEVEL': '2',
+  # Threads of XLA's pool on the CPU, else one for each core. The interpreter of
+  # GPU kernels holds one for each warpgroup that waits at a barrier: with two
+  # cores, the third that would release them never runs.
+  'NPROC': '8',
   # Figures are drawn to files; never look for a display.
   'MPLBACKEND': 'Agg',
 }.items():

@@ -156,6 +156,8 @@ def _scratch(spec, x, config):
       scratch[name] = plgpu.SMEM((c.stages, c.walk), kind)
       arrivals += 1
   scratch['full'] = plgpu.Barrier(num_barriers=c.stages, num_arrivals=arrivals)
+  if c.take_turns:
+    scratch['turn'] = plgpu.Barrier(num_arrivals=c.groups)
   if c.p_in_smem:
     scratch['p_s'] = common.smem((c.groups, c.own, c.walk), dtype, size)
   return scratch
@@ -283,6 +285,12 @@ def _compute(plan, ref, scratch, walk, warpgroup):
   whole = common.inside_tiles(walk.at, first_query, config.own, config.walk, 0)
   plgpu.barrier_wait(mine)
 
+  def change_turns():
+    # Where one warpgroup starts its softmax, the other starts its products.
+    if config.take_turns:
+      plgpu.barrier_arrive(scratch['turn'])
+      plgpu.barrier_wait(scratch['turn'])
+
   def step(j, carry):
     acc, largest, total = carry
     slot = lax.rem(j, config.stages)
@@ -290,7 +298,10 @@ def _compute(plan, ref, scratch, walk, warpgroup):
     plgpu.barrier_wait(scratch['full'].at[slot])
     which = in_prefix.astype(jnp.int32) if 'prefix_q' in ref else 0
     s = _product(
-      (config.own, config.walk), q_s.at[which], scratch['k_s'].at[slot].T
+      (config.own, config.walk),
+      q_s.at[which],
+      scratch['k_s'].at[slot].T,
+      change_turns,
     )
     s, factor, _ = common.logits(spec, s)
     s = _masked(plan, ref, walk, s, first_query, j, in_prefix, whole)
@@ -304,6 +315,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
       words = _of_columns(scratch['words_s'].at[slot])
       p = common.drop(p, spec, q_words, words, 0)
     acc = acc * common.wide(old, acc.shape, 0)
+    change_turns()
     acc = _add_product(
       config, acc, p.astype(q_s.dtype), scratch, warpgroup, slot
     )
@@ -313,6 +325,8 @@ def _compute(plan, ref, scratch, walk, warpgroup):
   def full(shape, value, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
+  # The second warpgroup is half a step behind, from here to the end.
+  pl.when(warpgroup == 1)(change_turns)
   acc, largest, total = lax.fori_loop(
     0,
     walk.count,
@@ -323,6 +337,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
       full((config.own,), 0.0, common.ROW),
     ),
   )
+  pl.when(warpgroup == 0)(change_turns)
   # A row that saw nothing has total 0; one with a NaN keeps it.
   none = total == 0.0
   share = jnp.where(none, 0.0, (1 / (1 - spec.dropout_rate)) / total)
@@ -367,9 +382,10 @@ def _masked(plan, ref, walk, s, first_query, j, in_prefix, whole):
   return lax.cond(in_prefix, prefix, band, s)
 
 
-def _product(shape, a, b):
+def _product(shape, a, b, meanwhile=lambda: None):
   def product(acc):
     plgpu.wgmma(acc, a, b)
+    meanwhile()
     return acc[...]
 
   return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))

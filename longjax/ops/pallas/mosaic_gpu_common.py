@@ -54,6 +54,8 @@ class GpuConfig:
     p_in_smem: probabilities become operands of a product through shared memory
       and not in registers; always so in the interpreter, which knows no other
       way.
+    take_turns: going forward, two warpgroups alternate: one uses the tensor
+      cores while the other takes the softmax.
   """
 
   own: int = 64
@@ -61,6 +63,7 @@ class GpuConfig:
   stages: int = 2
   groups: int = 2
   p_in_smem: bool = False
+  take_turns: bool = False
 
   def __post_init__(self):
     for name, multiple in (('own', 64), ('walk', 32), ('stages', 1)):
@@ -73,6 +76,8 @@ class GpuConfig:
       raise ValueError(
         f'groups must be one of {(*_REGISTERS,)}, got {self.groups}'
       )
+    if self.take_turns and self.groups != 2:
+      raise ValueError(f'take_turns needs groups of 2, got {self.groups}')
 
   @property
   def rows(self) -> int:
@@ -89,9 +94,10 @@ def default_config(head_size: int, *, prefix_q: bool = False) -> GpuConfig:
       much shared memory again as the queries.
   """
   if head_size == 256:
-    return GpuConfig(walk=32 if prefix_q else 64)
+    return GpuConfig(walk=32 if prefix_q else 64, take_turns=True)
   # Three stages of 128 keys of 128 numbers would be 48 bytes too many.
-  return GpuConfig(walk=128, stages=2 if head_size == 128 else 3)
+  stages = 2 if head_size == 128 else 3
+  return GpuConfig(walk=128, stages=stages, take_turns=True)
 
 
 def resolve(config: GpuConfig, interpret: Any) -> GpuConfig:
