@@ -25,13 +25,6 @@ for _name, _value in {
 }.items():
   os.environ.setdefault(_name, _value)
 
-# Threads of an interpreted GPU kernel wait for each other in callbacks, each of
-# which holds a thread of XLA's pool: with as few of those as a small machine
-# has cores, all may wait for ever. Without the pool there is no such limit.
-_NO_POOL = '--xla_cpu_multi_thread_eigen=false'
-if _NO_POOL not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_NO_POOL}'
-
 # A machine with an accelerator may lack hypothesis: there the tests that use
 # it skip themselves (pytest.importorskip), and the rest still runs.
 if importlib.util.find_spec('hypothesis'):
