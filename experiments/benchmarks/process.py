@@ -29,10 +29,9 @@ def environment(rehearse):
   return {
     'JAX_PLATFORMS': 'cpu',
     'CUDA_VISIBLE_DEVICES': '',
-    # A pool of as many threads as cores would be used up by waiting warpgroups,
-    # and the one they wait for would never run.
-    'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=false '
-    '--xla_force_host_platform_device_count=8',
+    # Threads of XLA's pool, else one for each core: waiting warpgroups would
+    # use them all up, and the one they wait for would never run.
+    'NPROC': '8',
   }
 
 

@@ -59,11 +59,14 @@ def candidates(kernel, rehearse):
   """Tiles worth a try; what does not fit or compile is recorded as such."""
   if rehearse:
     return [dict(own=64, walk=walk, stages=2, groups=2) for walk in (64, 128)]
-  groups = (2, 3) if kernel == 'forward' else (1, 2)
+  # Forward, two warpgroups may take turns.
+  kinds = [dict(groups=1), dict(groups=2)]
+  if kernel == 'forward':
+    kinds = [dict(groups=2, take_turns=True), dict(groups=2), dict(groups=3)]
   return [
-    dict(own=64, walk=walk, stages=stages, groups=g)
-    for g, walk, stages in itertools.product(
-      groups, (128, 64, 96, 32), (2, 3, 4)
+    dict(own=64, walk=walk, stages=stages) | kind
+    for kind, walk, stages in itertools.product(
+      kinds, (128, 64, 96, 32), (2, 3, 4)
     )
   ]
 
