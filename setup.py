@@ -27,6 +27,8 @@ INTEROP = [
   'tokenizers>=0.20',
 ]
 
+EVALUATION = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
+
 setup(
   name='longjax',
   version=VERSION,
@@ -59,11 +61,12 @@ setup(
     'data': DATA,
     # The downloads of tensorflow-datasets' own catalogue use TensorFlow.
     'tfds': [*DATA, 'tensorflow-cpu>=2.20'],
-    # Pretrained models' weights and tokenizers.
-    'interop': INTEROP,
+    # Pretrained models' weights and tokenizers, and what is measured of them.
+    'interop': [*INTEROP, *EVALUATION],
     'notebooks': ['ipykernel', 'nbconvert'],
     'test': [
       *INTEROP,
+      *EVALUATION,
       'beartype',
       'build',
       'flatbuffers',

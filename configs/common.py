@@ -308,14 +308,18 @@ def measurements(
     dict(path='', separator='<|endoftext|>')
   )
   config.variants = VARIANTS
-  # Lengths of 0 and no samples: not measured.
+  # Lengths of 0, no samples, no documents: not measured.
   config.loss_by_position = ml_collections.ConfigDict(
     dict(length=8 * trained_length, documents=10, chunk=trained_length)
   )
   config.streaming = ml_collections.ConfigDict(
     dict(length=0, chunk=trained_length)
   )
-  config.passkey = ml_collections.ConfigDict(
-    dict(lengths=(0,), depths=(0.1, 0.5, 0.9), samples=0)
+  for task in ('passkey', 'key_value'):
+    config[task] = ml_collections.ConfigDict(
+      dict(lengths=(0,), depths=(0.1, 0.5, 0.9), samples=0)
+    )
+  config.overlap = ml_collections.ConfigDict(
+    dict(milestones=(trained_length,), tokens=100, documents=0)
   )
   return config.lock()

@@ -35,4 +35,7 @@ def get_config(arg=None):
   with config.unlocked():
     config.loss_by_position.length = 32768
     config.passkey.update(lengths=(4096, 8192, 16384), samples=100)
+    config.key_value.update(lengths=(4096, 8192), samples=100)
+    # Table 3: BLEU and ROUGE-L after these many tokens of 100 documents.
+    config.overlap.update(milestones=(4096, 8192, 16384, 32768), documents=100)
   return config

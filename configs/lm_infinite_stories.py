@@ -34,5 +34,7 @@ def get_config(arg=None):
       config.loss_by_position.update(length=2048, documents=2)
       config.streaming.length = min(config.streaming.length, 20_000)
       config.passkey.update(lengths=(512, 1024), samples=1)
+      config.key_value.update(lengths=(512,), depths=(0.5,), samples=1)
+      config.overlap.update(milestones=(256, 1024), documents=2)
       config.variants = ('vanilla', 'LM-Infinite', 'truncation')
   return config

@@ -7,6 +7,8 @@ with each variant of its attention; nothing is trained. The workdir gets
   loss_by_position.json, .png   figures 3 to 5: nats by position in long texts
   streaming.json, .png          figure 4: one text without end, by chunks
   passkey.json, .png            table 2: a number hidden in a text, asked for
+  key_value.json, .png          the same with one of many pairs
+  overlap.json                  table 3: continuations after milestones
 
 Measurements that are finished are kept, and not done again.
 """
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 import longjax
 from longjax.evaluation import length as evaluation
-from longjax.evaluation import passkey
+from longjax.evaluation import overlap, retrieval
 from longjax.interop import load_llama2c, load_pretrained, load_tokenizer
 
 
@@ -58,6 +60,8 @@ def measure(config: ConfigDict, workdir: str) -> dict:
     run.loss_by_position: config.loss_by_position.length,
     run.streaming: config.streaming.length,
     run.passkey: config.passkey.samples,
+    run.key_value: config.key_value.samples,
+    run.overlap: config.overlap.documents,
   }
   return {done.__name__: done() for done, size in asked.items() if size}
 
@@ -281,32 +285,66 @@ class _Run:
 
   def passkey(self):
     """Table 2: share of hidden numbers found, by length and depth."""
-    settings = self.config.passkey
-    results = self.finished('passkey')
+    return self._retrieval('passkey')
+
+  def key_value(self):
+    """The same of values, of one key among many."""
+    return self._retrieval('key_value')
+
+  def _retrieval(self, name):
+    settings, results = self.config[name], self.finished(name)
     for label in self.variants:
       if label in results or self.variants[label] is None:
         continue
       model, found = self.model(label), {}
       grid = list(itertools.product(settings.lengths, settings.depths))
-      for length, depth in tqdm(grid, desc=f'passkey, {label}'):
-        found[f'{length},{depth}'] = passkey.accuracy(
+      for length, depth in tqdm(grid, desc=f'{name}, {label}'):
+        found[f'{length},{depth}'] = retrieval.accuracy(
           model,
           self.tokenizer,
+          retrieval.TASKS[name],
           length=length,
           depth=depth,
           samples=settings.samples,
           seed=self.config.seed,
         )
-      results[label] = {
-        'found': found,
-        'mean': float(np.mean([*found.values()])),
-      }
-      self.write('passkey', results)
-    passkey.draw(
+      mean = float(np.mean([*found.values()]))
+      results[label] = {'found': found, 'mean': mean}
+      self.write(name, results)
+    retrieval.draw(
       {label: result['found'] for label, result in results.items()},
-      self.workdir / 'passkey.png',
+      self.workdir / f'{name}.png',
     )
     return {label: result['mean'] for label, result in results.items()}
+
+  def overlap(self):
+    """Table 3: BLEU and ROUGE-L of continuations after each milestone."""
+    settings, results = self.config.overlap, self.finished('overlap')
+    length = max(settings.milestones) + settings.tokens
+    texts = self.tokens(length * settings.documents)
+    texts = texts.reshape(settings.documents, length)
+    for label in self.variants:
+      if label in results or self.variants[label] is None:
+        continue
+      results[label] = {}
+      for milestone in tqdm(settings.milestones, desc=f'overlap, {label}'):
+        new = overlap.continuations(
+          self.model(label), texts, milestone, settings.tokens
+        )
+        true = texts[:, milestone : milestone + settings.tokens]
+        generated, true = (
+          [self.tokenizer.decode(row) for row in rows] for rows in (new, true)
+        )
+        results[label][str(milestone)] = {
+          **overlap.scores(generated, true),
+          # What was written, to be read.
+          'first': generated[0],
+        }
+      self.write('overlap', results)
+    return {
+      label: {milestone: row['rouge_l'] for milestone, row in rows.items()}
+      for label, rows in results.items()
+    }
 
 
 def _octaves(trained: int, length: int) -> list[int]:

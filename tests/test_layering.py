@@ -41,6 +41,8 @@ LAZY = {
   'matplotlib',
   'pooch',
   'requests',
+  'rouge_score',
+  'sacrebleu',
   'safetensors',
   'sentencepiece',
   'tensorboardX',

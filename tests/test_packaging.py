@@ -30,6 +30,8 @@ OPTIONAL = [
   'matplotlib',
   'ml_collections',
   'pooch',
+  'rouge_score',
+  'sacrebleu',
   'safetensors',
   'sentencepiece',
   'tensorboardX',

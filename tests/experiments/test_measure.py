@@ -55,9 +55,17 @@ def make_config(folder):
 def test_every_measurement(pretrained, tmp_path):
   config = make_config(pretrained)
   config.streaming.update(length=1000, chunk=100)
-  config.passkey.update(lengths=(500,), depths=(0.5,), samples=1)
+  for task in (config.passkey, config.key_value):
+    task.update(lengths=(500,), depths=(0.5,), samples=1)
+  config.overlap.update(milestones=(20, 60), tokens=10, documents=2)
   result = measure.measure(config, tmp_path)
-  assert result.keys() == {'loss_by_position', 'streaming', 'passkey'}
+  assert result.keys() == {
+    'loss_by_position',
+    'streaming',
+    'passkey',
+    'key_value',
+    'overlap',
+  }
   assert result['loss_by_position'].keys() == set(config.variants)
   record = json.loads((tmp_path / 'loss_by_position.json').read_text())
   curve = record['results']['vanilla']
@@ -69,7 +77,7 @@ def test_every_measurement(pretrained, tmp_path):
   stream = json.loads((tmp_path / 'streaming.json').read_text())
   stream = stream['results']['LM-Infinite']
   assert len(stream['nats']) == 10 and stream['repeats_of_text'] > 1
-  for name in result:
+  for name in result.keys() - {'overlap'}:
     picture = (tmp_path / f'{name}.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
 
