@@ -156,7 +156,7 @@ def _scratch(spec, x, config):
       scratch[name] = plgpu.SMEM((c.stages, c.walk), kind)
       arrivals += 1
   scratch['full'] = plgpu.Barrier(num_barriers=c.stages, num_arrivals=arrivals)
-  if c.take_turns:
+  if c.alternates:
     scratch['turn'] = plgpu.Barrier(num_arrivals=c.groups)
   if c.p_in_smem:
     scratch['p_s'] = common.smem((c.groups, c.own, c.walk), dtype, size)
@@ -282,12 +282,12 @@ def _compute(plan, ref, scratch, walk, warpgroup):
     q_ids = _of_rows(ref['q_ids'].at[g, r, rows])
   if 'q_words' in ref:
     q_words = _of_rows(ref['q_words'].at[g, c, head, rows])
-  whole = common.inside_tiles(walk.at, first_query, config.own, config.walk, 0)
+  whole = common.inside_tiles(walk.at, first_query, config.own, config.walk)
   plgpu.barrier_wait(mine)
 
   def change_turns():
     # Where one warpgroup starts its softmax, the other starts its products.
-    if config.take_turns:
+    if config.alternates:
       plgpu.barrier_arrive(scratch['turn'])
       plgpu.barrier_wait(scratch['turn'])
 

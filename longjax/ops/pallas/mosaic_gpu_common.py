@@ -32,8 +32,6 @@ LN2 = math.log(2)
 # A tile in registers, a number for each of its rows, one for each column.
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
-# By q_axis: layouts of a number for each query and for each key.
-OF_QUERIES, OF_KEYS = (ROW, COLUMN), (COLUMN, ROW)
 # Finite, so that a tile of which nothing is seen gives exp2(-inf - it) = 0.
 LOWEST = -1e30
 # What a program may use on Hopper.
@@ -54,8 +52,8 @@ class GpuConfig:
     p_in_smem: probabilities become operands of a product through shared memory
       and not in registers; always so in the interpreter, which knows no other
       way.
-    take_turns: going forward, two warpgroups alternate: one uses the tensor
-      cores while the other takes the softmax.
+    take_turns: going forward, where there are two compute warpgroups, one uses
+      the tensor cores while the other is at its softmax.
   """
 
   own: int = 64
@@ -76,13 +74,15 @@ class GpuConfig:
       raise ValueError(
         f'groups must be one of {(*_REGISTERS,)}, got {self.groups}'
       )
-    if self.take_turns and self.groups != 2:
-      raise ValueError(f'take_turns needs groups of 2, got {self.groups}')
 
   @property
   def rows(self) -> int:
     """Rows of a program."""
     return self.groups * self.own
+
+  @property
+  def alternates(self) -> bool:
+    return self.take_turns and self.groups == 2
 
 
 def default_config(head_size: int, *, prefix_q: bool = False) -> GpuConfig:
@@ -245,7 +245,8 @@ class Interval(NamedTuple):
   """A row of `where` in registers, `begin` and `end` within the keys.
 
   Query row a sees key row b where -right <= a + shift - b <= left and
-  begin <= b < end.
+  begin <= b < end. `stated` has left, right, begin and end as they stand: the
+  rows of prefix keys need not be among the keys.
   """
 
   left: jax.Array
@@ -253,6 +254,7 @@ class Interval(NamedTuple):
   shift: jax.Array
   begin: jax.Array
   end: jax.Array
+  stated: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def interval(where, sequence, num_keys: int) -> Interval:
@@ -267,13 +269,13 @@ def interval(where, sequence, num_keys: int) -> Interval:
       contract.END,
     )
   )
+  stated = left, right, begin, end
   # Bounds beyond all rows and keys say no more, and sums with them overflow.
   far = contract.UNBOUNDED // 2
   left = jnp.clip(left, shift - num_keys, shift + far)
   right = jnp.clip(right, -shift - far, num_keys - shift)
-  return Interval(
-    left, right, shift, jnp.maximum(begin, 0), jnp.minimum(end, num_keys)
-  )
+  begin, end = jnp.maximum(begin, 0), jnp.minimum(end, num_keys)
+  return Interval(left, right, shift, begin, end, stated)
 
 
 def key_tiles(at: Interval, first_query, num_queries: int, walk: int):
@@ -345,20 +347,11 @@ def mask_band(s, at: Interval, first_query, first_key, q_axis: int):
   )
 
 
-def inside_tiles(at: Interval, first, rows: int, walk: int, q_axis: int):
-  """(first, end) of the walked tiles of which every entry is seen.
-
-  Args:
-    first, rows: the rows owned: queries with q_axis 0, else keys.
-  """
-  last = first + rows - 1
-  if q_axis == 0:
-    begin = jnp.maximum(last + at.shift - at.left, at.begin)
-    end = jnp.minimum(first + at.shift + at.right + 1, at.end)
-  else:
-    begin = last - at.shift - at.right
-    end = first - at.shift + at.left + 1
-    end = jnp.where((first >= at.begin) & (last < at.end), end, 0)
+def inside_tiles(at: Interval, first_query, num_queries: int, walk: int):
+  """(first, end) of the tiles of keys that all of these queries see wholly."""
+  last_query = first_query + num_queries - 1
+  begin = jnp.maximum(last_query + at.shift - at.left, at.begin)
+  end = jnp.minimum(first_query + at.shift + at.right + 1, at.end)
   begin, end = jnp.maximum(begin, 0), jnp.maximum(end, 0)
   return lax.div(begin + (walk - 1), walk), lax.div(end, walk)
 
@@ -395,11 +388,9 @@ def mask_prefix(s, at: Interval, first_query, row, q_axis: int, causal: bool):
   row = wide(row, s.shape, 1 - q_axis)
   query = numbers(s.shape, q_axis) + (first_query + at.shift)
   distance = query - row
+  left, right, begin, end = at.stated
   in_band = (
-    (distance >= -at.right)
-    & (distance <= at.left)
-    & (row >= at.begin)
-    & (row < at.end)
+    (distance >= -right) & (distance <= left) & (row >= begin) & (row < end)
   )
   hidden = in_band | (row == contract.NOWHERE)
   if causal:

@@ -60,7 +60,8 @@ class Kernel(NamedTuple):
 
   registers are those of the launch, of which compute warpgroups then take
   more and the memory warpgroup less. spills: bytes stored. shared_memory in
-  bytes. serialized: whether ptxas put waits between products.
+  bytes. serialized: whether ptxas reports a potential loss of performance, as
+  where it puts waits between products or lets no registers be moved.
   """
 
   name: str
@@ -164,7 +165,7 @@ def _kernels(log):
   spills = re.findall(r'stack frame, (\d+) bytes spill stores', log)
   shared = re.findall(r'smem_scratch_bytes=(\d+)', log)
   # Of several kernels, they all say so then.
-  serialized = 'wgmma.mma_async instructions are serialized' in log
+  serialized = 'Potential Performance Loss' in log
   kernels = tuple(
     Kernel(name, *map(int, numbers), serialized)
     for name, *numbers in zip(names, registers, spills, shared, strict=True)

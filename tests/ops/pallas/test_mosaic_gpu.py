@@ -207,19 +207,20 @@ CASES = {
   # Tiles that are not the default.
   **{
     f'tiles {own}x{walk}, {stages} stages, {groups} warpgroups': dict(
-      config=GpuConfig(own=own, walk=walk, stages=stages, groups=groups),
+      config=GpuConfig(own, walk, stages, groups, take_turns=take_turns),
       left=70,
       right=3,
       heads=1,
       num_queries=200,
     )
-    for own, walk, stages, groups in (
-      (64, 64, 1, 1),
-      (64, 64, 4, 3),
-      (128, 64, 2, 1),
-      (64, 128, 1, 2),
-      (64, 192, 2, 2),
-      (64, 32, 3, 2),
+    for own, walk, stages, groups, take_turns in (
+      (64, 64, 1, 1, True),
+      (64, 64, 4, 3, True),
+      (64, 64, 2, 2, False),
+      (128, 64, 2, 1, False),
+      (64, 128, 1, 2, True),
+      (64, 192, 2, 2, True),
+      (64, 32, 3, 2, True),
     )
   },
 }
@@ -282,6 +283,24 @@ def test_an_empty_prefix_is_none():
   spec = spec_of(x)
   got = forward(spec, x._replace(prefix=nothing))
   compare(spec, x._replace(prefix=None), got)
+
+
+@pytest.mark.parametrize('end', [50, UNBOUNDED])
+def test_rows_of_prefix_keys_need_not_be_rows_of_keys(end):
+  x = oracle.operands(
+    num_queries=100,
+    num_keys=40,
+    heads=1,
+    left=90,
+    shift=20,
+    begin=-9,
+    end=end,
+    prefix=5,
+  )
+  row = jnp.array([[-30, -5, 45, 60, 100]])
+  x = x._replace(prefix=x.prefix._replace(row=row))
+  spec = spec_of(x)
+  compare(spec, x, forward(spec, x))
 
 
 def test_interpreting_by_context_is_the_same():
