@@ -39,10 +39,20 @@ _FEWEST_TILES = 4
 
 
 def default_configs(spec: Spec, x: Operands) -> tuple[GpuConfig, GpuConfig]:
-  """Tiles of the kernels of dQ, and of dK and dV."""
-  del spec
-  config = GpuConfig(walk=32 if x.q.shape[-1] == 256 else 64)
-  return config, config
+  """Tiles of the kernels of dQ, and of dK and dV.
+
+  Four slots spill less than three: a slot's number is then the low bits of the
+  tile's.
+  """
+  size = x.q.shape[-1]
+  # A third tile of queries takes the place of slots, or of a warpgroup.
+  third = x.prefix is not None and x.prefix.q is not None
+  if size == 256:
+    dkv = GpuConfig(walk=32)
+    return dataclasses.replace(dkv, groups=1 if third else 2), dkv
+  dq = GpuConfig(stages=2 if third and size == 128 else 4)
+  capped = spec.soft_cap is not None
+  return dq, GpuConfig(stages=2 if capped and size == 128 else 4)
 
 
 def backward(
@@ -279,4 +289,5 @@ def shared_memory(
       kernel
     ]
   names = _together(x.q.shape[-1])[0]
-  return common.shared_memory(_scratch(spec, x, kernel, config, names).values())
+  scratch = _scratch(spec, x, kernel, config, names)
+  return common.shared_memory(scratch.values(), reductions=False)

@@ -169,15 +169,19 @@ def smem(shape: tuple[int, ...], dtype, *others: int) -> Any:
   raise ValueError(f'{columns} columns are no multiple of {width}')
 
 
-def shared_memory(scratch) -> int:
-  """Bytes that a program with these scratch types asks for."""
+def shared_memory(scratch, reductions: bool = True) -> int:
+  """Bytes that a program with these scratch types asks for.
+
+  Args:
+    reductions: whether it reduces along rows or columns.
+  """
   sizes = [
     math.prod(y.shape) * jnp.dtype(y.dtype).itemsize
     for y in scratch
     if not isinstance(y, plgpu.Barrier)
   ]
   # Every buffer starts at a multiple of 1024; reductions need 2048 more.
-  return sum(-(-size // 1024) * 1024 for size in sizes) + 2048
+  return sum(-(-size // 1024) * 1024 for size in sizes) + 2048 * reductions
 
 
 def left_operand(x, buffer=None):
