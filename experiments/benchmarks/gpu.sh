@@ -48,7 +48,7 @@ nvidia-smi >>"$record/device.txt" 2>&1
 
 code=0
 if [ "${SUITE:-yes}" != no ]; then
-  "$found" -m tests.gpu.correctness --record="$record" --workers=12 \
+  "$found" -m experiments.benchmarks.correctness --record="$record" --workers=12 \
     --budget-seconds=$((budget * 2 / 5)) || code=1
 fi
 spent=$(($(date +%s) - started))

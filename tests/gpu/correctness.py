@@ -1,6 +1,6 @@
 """longjax's GPU kernels on hardware, against their definitions in float32.
 
-  python -m tests.gpu.correctness --record=FOLDER
+  python -m experiments.benchmarks.correctness --record=FOLDER
 
 Not part of `make test`, which has no GPU; `make gpu` runs it. Cases are in
 cases.py. Kernels are compared with tests/ops/pallas/oracle.py, whole calls with
@@ -316,7 +316,7 @@ def main(arguments=None):
   workers = [
     process.Process(
       sys.executable,
-      'tests.gpu.correctness',
+      'experiments.benchmarks.correctness',
       '--worker',
       environment=environment,
       log=log,
@@ -366,7 +366,3 @@ def main(arguments=None):
     'not reached'
   )
   return 0 if passed and not failed else 1
-
-
-if __name__ == '__main__':
-  sys.exit(main())
