@@ -52,8 +52,8 @@ class GpuConfig:
     p_in_smem: probabilities become operands of a product through shared memory
       and not in registers; always so in the interpreter, which knows no other
       way.
-    take_turns: going forward, where there are two compute warpgroups, one uses
-      the tensor cores while the other is at its softmax.
+    take_turns: going forward, where there are two compute warpgroups and two
+      stages, one uses the tensor cores while the other is at its softmax.
   """
 
   own: int = 64
@@ -82,7 +82,9 @@ class GpuConfig:
 
   @property
   def alternates(self) -> bool:
-    return self.take_turns and self.groups == 2
+    # With one slot they would wait for each other for ever: the first for the
+    # next tile, the second for its turn to leave this one.
+    return self.take_turns and self.groups == 2 and self.stages > 1
 
 
 def default_config(head_size: int, *, prefix_q: bool = False) -> GpuConfig:
