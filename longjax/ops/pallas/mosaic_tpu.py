@@ -46,24 +46,25 @@ def forward(
   """
   check(spec, x)
   plan = common.plan(spec, x, config or common.default_config(spec, x))
+  results = run(plan, walk.scalars(plan, x), common.inputs(plan, x), interpret)
+  out = common.rows_outside(results['out'], plan.num_queries)
+  return out, results['lse'][..., 0, : plan.num_queries]
+
+
+def run(plan, scalars, ins, interpret=None) -> dict[str, jax.Array]:
+  """The kernel on arrays as it reads them."""
   rows = plan.q_tiles * plan.block_q
   shape = plan.sequences, plan.heads, plan.classes, rows, plan.size
   stats = plan.sequences, plan.classes, plan.heads, 1, rows
-  results = walk.call(
+  return walk.call(
     _forward,
     plan,
     walk.walk_keys,
-    (
-      plan.sequences,
-      plan.heads,
-      plan.classes,
-      plan.q_tiles,
-      plan.m_tiles + plan.key_steps,
-    ),
-    walk.scalars(plan, x),
-    common.inputs(plan, x),
+    (*shape[:3], plan.q_tiles, plan.m_tiles + plan.key_steps),
+    scalars,
+    ins,
     dict(
-      out=jax.ShapeDtypeStruct(shape, x.q.dtype),
+      out=jax.ShapeDtypeStruct(shape, ins['q'].dtype),
       lse=jax.ShapeDtypeStruct(stats, jnp.float32),
     ),
     dict(
@@ -74,8 +75,6 @@ def forward(
     products=2,
     interpret=interpret,
   )
-  out = common.rows_outside(results['out'], plan.num_queries)
-  return out, results['lse'][..., 0, : plan.num_queries]
 
 
 def _forward(plan, at, s, refs, step, steps):

@@ -40,35 +40,23 @@ def backward(
   common.check(spec, x)
   if configs is None:
     configs = (common.default_config(spec, x, backward=True),) * 2
-  # A row without a denominator has no weights: exp2(logit - inf) = 0.
-  none = jnp.isinf(lse)
-  lse = jnp.where(none, jnp.inf, lse * LOG2E)
-  delta = jnp.where(none, 0.0, delta)
-
-  def ready(config):
-    plan = common.plan(spec, x, config)
-    ins = common.inputs(plan, x)
-    ins['dout'] = common.rows_inside(dout.astype(x.q.dtype), plan.block_q)
-    # Rows that only fill a block get and give no gradient.
-    ins['lse'] = common.lanes(lse, plan.block_q, jnp.inf)
-    ins['delta'] = common.lanes(delta, plan.block_q)
-    return plan, ins
-
-  s = walk.scalars(common.plan(spec, x, configs[0]), x)
-  plan, ins = ready(configs[0])
-  dq = _of_queries(plan, s, ins, interpret)
-  prefix = {}
+  plan = common.plan(spec, x, configs[0])
+  scalars = walk.scalars(plan, x)
+  ins = inputs(plan, x, lse, delta, dout)
+  dq = run_dq(plan, scalars, ins, interpret)
+  dq = {n: common.rows_outside(y, plan.num_queries) for n, y in dq.items()}
   if configs[1] != configs[0]:
-    plan, ins = ready(configs[1])
+    plan = common.plan(spec, x, configs[1])
+    ins = inputs(plan, x, lse, delta, dout)
+  dkv = run_dkv(plan, scalars, ins, interpret)
+  dkv = {n: common.rows_outside(y, plan.num_keys) for n, y in dkv.items()}
+  prefix = {}
   if x.prefix is not None:
-    prefix = _of_prefix(plan, s, ins, interpret)
+    prefix = run_prefix_dkv(plan, scalars, ins, interpret)
     prefix = {
       name: common.rows_outside(y, plan.num_prefix)[:, :, 0]
       for name, y in prefix.items()
     }
-  dkv = _of_keys(plan, s, ins, interpret)
-  dq = {n: common.rows_outside(y, plan.num_queries) for n, y in dq.items()}
-  dkv = {n: common.rows_outside(y, plan.num_keys) for n, y in dkv.items()}
   return Gradients(
     dq['dq'],
     dkv['dk'],
@@ -79,10 +67,24 @@ def backward(
   )
 
 
+def inputs(plan, x: Operands, lse, delta, dout) -> dict[str, jax.Array]:
+  """The arrays that the three kernels read, as they read them."""
+  # A row without a denominator has no weights: exp2(logit - inf) = 0. Nor have
+  # rows that only fill a block.
+  none = jnp.isinf(lse)
+  lse = jnp.where(none, jnp.inf, lse * LOG2E)
+  delta = jnp.where(none, 0.0, delta)
+  return common.inputs(plan, x) | dict(
+    dout=common.rows_inside(dout.astype(x.q.dtype), plan.block_q),
+    lse=common.lanes(lse, plan.block_q, jnp.inf),
+    delta=common.lanes(delta, plan.block_q),
+  )
+
+
 _PREFIX = ('prefix_q', 'prefix_k', 'prefix_v', 'prefix_row', 'prefix_ids')
 
 
-def _of_queries(plan, s, ins, interpret):
+def run_dq(plan, scalars, ins, interpret=None):
   shape = (
     plan.sequences,
     plan.heads,
@@ -101,7 +103,7 @@ def _of_queries(plan, s, ins, interpret):
     plan,
     walk.walk_keys,
     (*shape[:3], plan.q_tiles, plan.m_tiles + plan.key_steps),
-    s,
+    scalars,
     ins,
     outs,
     scratch,
@@ -110,7 +112,7 @@ def _of_queries(plan, s, ins, interpret):
   )
 
 
-def _of_keys(plan, s, ins, interpret):
+def run_dkv(plan, scalars, ins, interpret=None):
   shape = (
     plan.sequences,
     plan.key_heads,
@@ -125,7 +127,7 @@ def _of_keys(plan, s, ins, interpret):
     plan,
     walk.walk_queries,
     (*shape[:3], plan.k_tiles, plan.key_share * plan.query_steps),
-    s,
+    scalars,
     {name: y for name, y in ins.items() if name not in _PREFIX},
     dict(dk=out, dv=out),
     dict(dk_sums=sums, dv_sums=sums),
@@ -134,7 +136,7 @@ def _of_keys(plan, s, ins, interpret):
   )
 
 
-def _of_prefix(plan, s, ins, interpret):
+def run_prefix_dkv(plan, scalars, ins, interpret=None):
   rows = plan.m_tiles * plan.block_m
   shape = plan.sequences, plan.kv_heads, 1, rows, plan.size
   out = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -145,7 +147,7 @@ def _of_prefix(plan, s, ins, interpret):
     plan,
     walk.walk_prefix,
     (*shape[:3], plan.m_tiles, plan.group * plan.q_tiles),
-    s,
+    scalars,
     {name: y for name, y in ins.items() if name not in unused},
     dict(prefix_dk=out, prefix_dv=out),
     dict(dk_sums=sums, dv_sums=sums),
@@ -198,8 +200,8 @@ def _dkv(plan, at, s, refs, step, steps, prefix=''):
   def visit(tile):
     p, ds = _weights(plan, tile, refs)
     dout = refs['dout'][...]
-    dv[...] += tiles.dot(p.astype(dout.dtype), dout, 1, 0)
-    dk[...] += tiles.dot(ds, tile.q, 1, 0)
+    dv[tile.rows] += tiles.dot(p.astype(dout.dtype), dout, 1, 0)
+    dk[tile.rows] += tiles.dot(ds, tile.q, 1, 0)
 
   tiles.each_tile(plan, at, s, refs, visit)
 

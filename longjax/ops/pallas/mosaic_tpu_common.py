@@ -7,6 +7,7 @@ lies in lanes, [1, queries], and is stored densely.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,14 @@ SMEM_BYTES = 512 * 2**10
 class TpuConfig:
   """Rows of queries and of keys in a tile, multiples of 128.
 
-  Shorter sequences get one tile of their own length.
+  Shorter sequences get one tile of their own length. step_k: of a tile, so many
+  keys are computed with at a time, and only where some query sees one; the code
+  that the compiler unrolls is for so many.
   """
 
   block_q: int
   block_k: int
+  step_k: int = 256
 
   def __post_init__(self):
     for name, rows in dataclasses.asdict(self).items():
@@ -46,11 +50,11 @@ def default_config(
   """Tiles that fit into VMEM.
 
   A step of the grid has a fixed price, about that of a tile of 256 x 512
-  products of head size 128; so tiles are large even where a narrow band then
-  leaves much of them unused, and larger yet where the band is wide.
+  products of head size 128; so tiles are large, and larger yet where the band
+  is wide. Of a narrow band's tiles only some steps are computed.
   """
   wide = min(sum(spec.reach), x.k.shape[1]) >= 4096
-  config = TpuConfig(1024, 1024) if wide else TpuConfig(512, 512)
+  config = TpuConfig(512, 1024 if wide else 512)
   while vmem(spec, x, config, backward=backward) > VMEM_BYTES:
     if config.block_k >= config.block_q:
       config = dataclasses.replace(config, block_k=config.block_k // 2)
@@ -77,6 +81,7 @@ def vmem(
   else:
     blocks, sums = (2 + own_q) * queries + 2 * (keys + prefix), queries
     kept = 6
+  pairs = max(p.step_k, p.block_m) * p.block_q
   # What the compiler keeps of a tile of logits was measured. float32 operands
   # become three bfloat16 parts each.
   parts = 0
@@ -84,7 +89,7 @@ def vmem(
     parts = 6 * (2 * queries + 2 * keys)
     kept += 18
   bytes_of_blocks = 2 * blocks * x.q.dtype.itemsize
-  return bytes_of_blocks + 4 * sums + kept * rows_k * p.block_q + parts
+  return bytes_of_blocks + 4 * sums + kept * pairs + parts
 
 
 def check(spec: Spec, x: Operands):
@@ -133,6 +138,7 @@ class Plan:
   block_q: int
   block_k: int
   block_m: int
+  step_k: int
   q_tiles: int
   k_tiles: int
   m_tiles: int
@@ -177,7 +183,8 @@ def plan(spec: Spec, x: Operands, config: TpuConfig) -> Plan:
   num_prefix = 0 if x.prefix is None else x.prefix.k.shape[1]
   block_q, q_tiles = _tiles(num_queries, config.block_q)
   block_k, k_tiles = _tiles(num_keys, config.block_k)
-  block_m, m_tiles = _tiles(num_prefix, config.block_k)
+  step_k = math.gcd(block_k, config.step_k) if block_k > LANES else block_k
+  block_m, m_tiles = _tiles(num_prefix, min(config.step_k, config.block_k))
   return Plan(
     spec=spec,
     sequences=sequences,
@@ -191,6 +198,7 @@ def plan(spec: Spec, x: Operands, config: TpuConfig) -> Plan:
     block_q=block_q,
     block_k=block_k,
     block_m=block_m,
+    step_k=step_k,
     q_tiles=q_tiles,
     k_tiles=k_tiles,
     m_tiles=m_tiles,
@@ -200,7 +208,7 @@ def plan(spec: Spec, x: Operands, config: TpuConfig) -> Plan:
 
 def _tiles(rows, block):
   """(rows in a tile, tiles): as even as whole lanes allow."""
-  if rows <= block:
+  if rows <= LANES:
     return _round_up(rows, SUBLANES), min(rows, 1)
   tiles = pl.cdiv(rows, block)
   block = _round_up(pl.cdiv(rows, tiles), LANES)

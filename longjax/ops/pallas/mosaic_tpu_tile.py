@@ -36,12 +36,14 @@ def dot(a, b, axis_a: int, axis_b: int):
 class Tile(NamedTuple):
   """Some keys and queries that meet.
 
-  seen, kept: [keys, queries], or None where all are; kept: by dropout.
+  rows: of the block of keys. seen, kept: [keys, queries], or None where all
+  are; kept: by dropout.
   """
 
   q: Any
   k: Any
   v: Any
+  rows: Any
   of_prefix: bool
   seen: Any
   kept: Any
@@ -53,28 +55,46 @@ def each_tile(plan: Plan, at: At, s: Scalars, refs, visit):
     pl.when(at.in_prefix)(lambda: visit(_prefix_tile(plan, at, s, refs)))
   if at.in_band is None:
     return
-  if plan.has_ids:
-    pl.when(at.in_band)(lambda: visit(_band_tile(plan, at, s, refs, True)))
-    return
-  # Most tiles of a wide band lie inside it and need no mask.
-  inside = _inside(plan, at, s)
-  for masked, wanted in ((False, inside), (True, ~inside)):
-    pl.when(at.in_band & wanted)(
-      lambda masked=masked: visit(_band_tile(plan, at, s, refs, masked))
-    )
+
+  def visit_step(i):
+    start = pl.multiple_of(i * plan.step_k, plan.step_k)
+    touched, inside = _meeting(plan, at, s, start)
+    # Most steps of a wide band lie inside it and need no mask.
+    if plan.has_ids:
+      cases = ((True, touched),)
+    else:
+      cases = ((False, inside), (True, touched & ~inside))
+    for masked, wanted in cases:
+      pl.when(wanted)(
+        lambda masked=masked: visit(
+          _band_tile(plan, at, s, refs, start, masked)
+        )
+      )
+
+  @pl.when(at.in_band)
+  def _():
+    steps = plan.block_k // plan.step_k
+    if steps == 1:
+      visit_step(0)
+    else:
+      pl.loop(0, steps)(visit_step)
 
 
-def _inside(plan, at, s):
+def _meeting(plan, at, s, start):
+  """Whether the band touches some pair of a step, and has all of them."""
   column = functools.partial(s.column, at.sequence)
-  b = at.k_tile * plan.block_k
-  distance = at.q_tile * plan.block_q + column(contract.SHIFT) - b
+  left, right = column(contract.LEFT), column(contract.RIGHT)
+  begin = column(contract.BEGIN)
   end = jnp.minimum(column(contract.END), plan.num_keys)
-  return (
-    (distance + plan.block_q - 1 <= column(contract.LEFT))
-    & (distance - plan.block_k + 1 >= -column(contract.RIGHT))
-    & (b >= column(contract.BEGIN))
-    & (b + plan.block_k <= end)
-  )
+  first = at.k_tile * plan.block_k + start
+  last = first + plan.step_k - 1
+  a = at.q_tile * plan.block_q + column(contract.SHIFT)
+  nearest, furthest = a - last, a + plan.block_q - 1 - first
+  touched = (nearest <= left) & (furthest >= -right)
+  touched &= (last >= begin) & (first < end)
+  inside = (furthest <= left) & (nearest >= -right)
+  inside &= (first >= begin) & (last < end)
+  return touched, inside
 
 
 def _iota(shape, axis):
@@ -86,10 +106,11 @@ def _as_column(y):
   return jnp.broadcast_to(y, (8, y.shape[1])).T[:, :1]
 
 
-def _band_tile(plan, at, s, refs, masked):
+def _band_tile(plan, at, s, refs, start, masked):
   column = functools.partial(s.column, at.sequence)
-  shape = plan.block_k, plan.block_q
-  a, b = at.q_tile * plan.block_q, at.k_tile * plan.block_k
+  shape = plan.step_k, plan.block_q
+  rows_k = pl.ds(start, plan.step_k)
+  a, b = at.q_tile * plan.block_q, at.k_tile * plan.block_k + start
   seen = kept = None
   if masked:
     rows = _iota(shape, 0)
@@ -103,12 +124,12 @@ def _band_tile(plan, at, s, refs, masked):
       & (rows < end - b)
     )
     if plan.has_ids:
-      seen &= _as_column(refs['k_ids'][...]) == refs['q_ids'][...]
+      seen &= _as_column(refs['k_ids'][:, rows_k]) == refs['q_ids'][...]
   if plan.spec.dropout_rate:
-    k_row = b + _iota((plan.block_k, 1), 0)
+    k_row = b + _iota((plan.step_k, 1), 0)
     kept = _kept(plan, at, s, k_row * plan.residues + at.residue)
-  k, v = refs['k'][...], refs['v'][...]
-  return Tile(refs['q'][...], k, v, False, seen, kept)
+  k, v = refs['k'][rows_k], refs['v'][rows_k]
+  return Tile(refs['q'][...], k, v, rows_k, False, seen, kept)
 
 
 def _prefix_tile(plan, at, s, refs):
@@ -132,7 +153,7 @@ def _prefix_tile(plan, at, s, refs):
   kept = _kept(plan, at, s, own_row) if plan.spec.dropout_rate else None
   q = refs['prefix_q' if 'prefix_q' in refs else 'q'][...]
   k, v = refs['prefix_k'][...], refs['prefix_v'][...]
-  return Tile(q, k, v, True, seen, kept)
+  return Tile(q, k, v, slice(None), True, seen, kept)
 
 
 def _kept(plan, at, s, k_position):

@@ -267,5 +267,5 @@ def call(
     ),
     # None leaves it to `pltpu.force_tpu_interpret_mode`.
     interpret=interpret or False,
-    name='longjax_' + kernel.__name__,
+    name='longjax' + kernel.__name__,
   )(*s, ins)

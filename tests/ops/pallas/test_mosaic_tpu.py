@@ -113,12 +113,13 @@ def operands(where='causal', **options):
 
 
 SMALL = TpuConfig(128, 128)
+STEPPED = TpuConfig(128, 384, 128)
 # name: (spec, options of `operands`, tiles)
 STRUCTURES = {
   'plain': ({}, {}, SMALL),
   'bfloat16': ({}, dict(dtype=BF16, size=64), SMALL),
-  'reach': (dict(reach=(128, 127)), dict(num_queries=300), SMALL),
-  'wide tiles of keys': ({}, dict(num_keys=300), TpuConfig(128, 256)),
+  'reach': (dict(reach=(128, 127)), dict(num_queries=300), STEPPED),
+  'wide tiles of keys': ({}, dict(num_keys=300), TpuConfig(128, 256, 128)),
   'wide tiles of queries': ({}, dict(num_queries=300), TpuConfig(256, 128)),
   'default tiles': ({}, dict(num_queries=129, num_keys=257), None),
   'one query': ({}, dict(num_queries=1, num_keys=70), SMALL),
@@ -139,7 +140,7 @@ STRUCTURES = {
   'dilated, everything': (
     dict(soft_cap=3.0, dropout_rate=0.2),
     dict(residues=3, dropout=True, ids=True, num_queries=70, num_keys=140),
-    SMALL,
+    STEPPED,
   ),
   'thinned': (
     dict(residues=(0, 2, 1, 2)),
@@ -172,11 +173,12 @@ STRUCTURES = {
       num_queries=140,
       num_keys=260,
     ),
-    SMALL,
+    TpuConfig(128, 256, 128),
   ),
 }
 SIMULATED_STRUCTURES = (
   'few keys',
+  'reach',
   'default tiles',
   'grouped heads',
   'dilated, everything',
@@ -232,7 +234,9 @@ def test_equals_the_definition_in_simulated_memory_too(name, where):
 
 @pytest.mark.full
 @pytest.mark.parametrize('dtype', [F32, BF16])
-@pytest.mark.parametrize('tiles', [(128, 128), (128, 256), (256, 128)])
+@pytest.mark.parametrize(
+  'tiles', [(128, 128), (128, 256, 128), (256, 384, 128)]
+)
 @pytest.mark.parametrize('lengths', [(1, 1), (127, 129), (300, 130), (257, 40)])
 @pytest.mark.parametrize(
   'features',
