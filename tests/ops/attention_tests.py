@@ -14,6 +14,7 @@ import pytest
 
 import longjax
 from tests.ops.helpers import QUICK, normal, qkv, transformer_xl
+from tests.ops.pallas import grid
 
 LENGTHS = (1, 7, 127, 128, 129, 300)
 KEY = jax.random.key(3)
@@ -261,6 +262,20 @@ class AttentionTests:
     self.assert_close(
       got, self.wanted(x, pattern, **options), rotated='position' in options
     )
+
+  @pytest.mark.full
+  @pytest.mark.parametrize('number', range(60))
+  def test_the_grid(self, number):
+    x, pattern, options = grid.case(number, size=self.size, dtype=self.dtype)
+    run = self.compiled(pattern, **options)
+    reason = grid.refusal(pattern, options)
+    if self.refused and reason is not None:
+      with pytest.raises(NotImplementedError, match=reason):
+        run(x)
+      return
+    rotated = options['position'] is not None
+    wanted = self.wanted(x, pattern, **options)
+    self.assert_close(run(x), wanted, rotated=rotated)
 
   def test_cases_have_all_lengths(self):
     lengths = {sizes['length'] for _, sizes, _ in CASES.values()}

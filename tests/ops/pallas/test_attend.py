@@ -17,9 +17,8 @@ from longjax.ops.coordinates import locate
 from longjax.ops.encode import Auxiliary, Differentiable, Static
 from longjax.ops.pallas import contract, parts
 from longjax.ops.pallas.attend import Kernels
-from tests.ops import cases
 from tests.ops.helpers import assert_close, qkv, run
-from tests.ops.pallas import dense_backend
+from tests.ops.pallas import dense_backend, grid
 
 
 @pytest.fixture(autouse=True)
@@ -36,40 +35,9 @@ def check(inputs, pattern, **options):
     assert_close(got, wanted, forward=2e-2, gradient=4e-2)
 
 
-def _case(number):
-  """A case of the grid, with a position scheme and values as kernels want."""
-  inputs, pattern, options = cases.draw(number)
-  q, k, v = inputs
-  v = v if v.shape == k.shape else k[..., ::-1]
-  if not isinstance(options['position'], longjax.RoPE | None):
-    options['position'] = (None, longjax.RoPE())[number % 2]
-  return (q, k, v), pattern, options
-
-
-def _refused(pattern, options) -> str | None:
-  """What of the case no kernel call can express: a part of the reason."""
-  ranks = [np.ndim(options[f'{x}_positions']) for x in ('q', 'kv')]
-  moved = any(
-    not (isinstance(y, int) and y == 0)
-    for y in (options['q_positions'], options['kv_positions'])
-  )
-  dilated = isinstance(pattern, longjax.Dilated)
-  if 2 in ranks:
-    return 'of every token'
-  if 'segment_ids' in options:
-    if dilated or isinstance(pattern, longjax.Lambda) and pattern.start:
-      return 'segment_ids with'
-  if dilated and moved:
-    return 'known only for a plain 0'
-  dilation = getattr(pattern, 'dilation', 1)
-  if 1 in ranks and max(np.atleast_1d(dilation)) > 1:
-    return 'positions of each batch row'
-  return None
-
-
 def _check_case(number):
-  inputs, pattern, options = _case(number)
-  reason = _refused(pattern, options)
+  inputs, pattern, options = grid.case(number)
+  reason = grid.refusal(pattern, options)
   if reason is None:
     check(inputs, pattern, **options)
     return
@@ -89,7 +57,9 @@ def test_more_cases(number):
 
 
 def test_most_cases_are_served():
-  reasons = collections.Counter(_refused(*_case(n)[1:]) for n in range(30))
+  reasons = collections.Counter(
+    grid.refusal(*grid.case(n)[1:]) for n in range(30)
+  )
   assert reasons[None] >= 15, reasons
 
 
