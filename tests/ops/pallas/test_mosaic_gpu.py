@@ -261,10 +261,19 @@ def test_forward_over_the_grid(number):
   check(**{'num_queries': 150, 'dtype': dtype, 'dropout': dropout, **case})
 
 
-def test_a_change_of_where_compiles_nothing():
+def test_a_change_of_where_traces_nothing():
   x = oracle.operands(num_queries=100, heads=1, left=0)
   spec = spec_of(x)
-  f = jax.jit(lambda x: mosaic_gpu.forward(spec, x, interpret=INTERPRET))
+  # The first kernel of a process imports modules of JAX that add to what its
+  # cache of traces is keyed by.
+  forward(spec, x)
+  traces = []
+
+  @jax.jit
+  def f(x):
+    traces.append(x)
+    return mosaic_gpu.forward(spec, x, interpret=INTERPRET)
+
   for where in (
     dict(left=5),
     dict(left=90, right=20),
@@ -272,7 +281,7 @@ def test_a_change_of_where_compiles_nothing():
   ):
     x = x._replace(where=contract.where_rows(1, **where))
     compare(spec, x, f(x))
-  assert f._cache_size() == 1
+  assert len(traces) == 1
   assert not races()
 
 
