@@ -38,6 +38,8 @@ setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   packages=find_packages(include=['longjax', 'longjax.*']),
+  # Tables of measured tiles, one for each kind of device.
+  package_data={'longjax.ops.pallas': ['tiles/*.json']},
   python_requires='>=3.12',
   # Attention and models import jax, flax, numpy and jaxtyping only, and
   # training on a local text file optax, orbax, absl and ml_collections

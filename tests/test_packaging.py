@@ -99,7 +99,8 @@ def test_the_wheel_holds_longjax_and_nothing_else(wheel):
   assert {name.split('/')[0] for name in names} == {'longjax', info}
   assert {name for name in names if name.startswith('longjax/')} == {
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / 'longjax').rglob('*.py')
+    for kind in ('*.py', 'ops/pallas/tiles/*.json')
+    for path in (ROOT / 'longjax').rglob(kind)
   }
   assert f'{info}/licenses/LICENSE' in names
 
