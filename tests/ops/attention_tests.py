@@ -174,9 +174,11 @@ class AttentionTests:
     yield
 
   @pytest.fixture(autouse=True)
-  def _run(self):
+  def _run(self, capsys):
     with self.running():
       yield
+    # Interpreters say so and go on.
+    assert 'RACE DETECTED' not in capsys.readouterr().out
 
   # --- Calls -----------------------------------------------------------------
 

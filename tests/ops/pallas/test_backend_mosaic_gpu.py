@@ -35,7 +35,6 @@ class TestMosaicGpu(AttentionTests):
     try:
       with plgpu.force_gpu_interpret_mode(INTERPRET):
         yield
-      assert not interpret_pallas_call.get_races().races_found
     finally:
       # An exception in one test must not be another's.
       interpret_pallas_call.reset_gpu_interpret_mode_state()
