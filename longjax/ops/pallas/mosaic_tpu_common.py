@@ -77,13 +77,13 @@ def vmem(
     dq = (3 + 2 * own_q) * queries + 2 * (keys + prefix)
     dkv = (2 + own_q) * queries + 4 * keys
     blocks, sums = max(dq, dkv), max((1 + own_q) * queries, 2 * keys)
-    kept = 10
+    kept = 28
   else:
     blocks, sums = (2 + own_q) * queries + 2 * (keys + prefix), queries
-    kept = 6
-  pairs = max(p.step_k, p.block_m) * p.block_q
-  # What the compiler keeps of a tile of logits was measured. float32 operands
-  # become three bfloat16 parts each.
+    kept = 20
+  pairs = max(p.step_k, p.block_m) * _round_up(p.block_q, LANES)
+  # What the compiler keeps of a step's logits with every feature, measured.
+  # float32 operands become three bfloat16 parts each.
   parts = 0
   if x.q.dtype == jnp.float32:
     parts = 6 * (2 * queries + 2 * keys)
