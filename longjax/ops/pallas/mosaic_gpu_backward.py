@@ -51,8 +51,9 @@ def default_configs(spec: Spec, x: Operands) -> tuple[GpuConfig, GpuConfig]:
     dkv = GpuConfig(walk=32)
     return dataclasses.replace(dkv, groups=1 if third else 2), dkv
   dq = GpuConfig(stages=2 if third and size == 128 else 4)
-  capped = spec.soft_cap is not None
-  return dq, GpuConfig(stages=2 if capped and size == 128 else 4)
+  # The slope of the soft cap leaves few registers for the walk itself.
+  few = spec.soft_cap is not None and size > 64
+  return dq, GpuConfig(stages=2 if few else 4)
 
 
 def backward(
