@@ -29,10 +29,13 @@ def _fresh_interpreter():
   interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
-def problem(*, spec=None, **operands):
+def problem(*, spec=None, prefix_row=None, **operands):
   """(spec, operands, lse, delta, dout, gradients wanted)."""
   spec = spec or {}
   x = oracle.operands(dropout='dropout_rate' in spec, **operands)
+  if prefix_row is not None:
+    row = jnp.asarray([prefix_row], jnp.int32)
+    x = x._replace(prefix=x.prefix._replace(row=row))
   spec = Spec(scale=x.q.shape[-1] ** -0.5, **spec)
   sequences, num_queries, residues, heads, _ = x.q.shape
   classes = residues if spec.residues is None else 1
@@ -189,6 +192,15 @@ CASES = {
   ),
   'prefix, shift and end': dict(
     prefix=20, left=30, right=9, shift=40, begin=10, end=80, sequences=2
+  ),
+  'prefix, rows that are none of keys': dict(
+    spec=dict(prefix_causal=False),
+    prefix=5,
+    prefix_row=[-3, 5, 69, 70, 200],
+    num_queries=70,
+    left=30,
+    right=20,
+    begin=-10,
   ),
   'prefix only': dict(prefix=20, prefix_q=True, left=10, right=-20),
   'prefix, ids': dict(prefix=20, ids=True, left=30, sequences=2),
