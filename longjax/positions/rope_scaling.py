@@ -19,7 +19,7 @@ def _check_positive(name, **values):
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-  """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+  """Position interpolation (arXiv 2306.15595): positions over `factor`."""
 
   factor: float
 
