@@ -229,7 +229,7 @@ def draw(
   """
   from matplotlib import figure
 
-  canvas = figure.Figure(figsize=(8, 4.5), layout='constrained')
+  canvas = figure.Figure(figsize=(9, 4.5), layout='constrained')
   axes = canvas.add_subplot()
   for label, result in results.items():
     centres = [
@@ -237,7 +237,7 @@ def draw(
     ]
     (line,) = axes.plot(centres, result.mean, label=label)
     axes.fill_between(
-      centres, result.low, result.high, color=line.get_color(), alpha=0.2
+      centres, result.low, result.high, color=line.get_color(), alpha=0.1
     )
   if trained_length is not None:
     axes.axvline(trained_length, color='grey', linestyle=':')
@@ -256,7 +256,7 @@ def draw(
   axes.set_ylim(top=limit)
   axes.set(xlabel='position in the text (tokens)', ylabel='nats per token')
   axes.set_title(title)
-  axes.legend()
+  canvas.legend(loc='outside right upper')
   axes.grid(alpha=0.3)
   canvas.savefig(path, dpi=150)
 
