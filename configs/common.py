@@ -323,3 +323,17 @@ def measurements(
     dict(milestones=(trained_length,), tokens=100, documents=0)
   )
   return config.lock()
+
+
+def paper_measurements(
+  trained_length: int, start: int = 10
+) -> ml_collections.ConfigDict:
+  """LM-Infinite's table 1 (to 32K), table 2's lengths and table 3."""
+  config = measurements(trained_length, start)
+  doubled = tuple(trained_length * 2**i for i in range(4))
+  with config.unlocked():
+    config.loss_by_position.length = 32768
+    config.passkey.update(lengths=doubled[:3], samples=100)
+    config.key_value.update(lengths=doubled[:2], samples=100)
+    config.overlap.update(milestones=doubled, documents=100)
+  return config

@@ -27,11 +27,4 @@ from configs import common
 def get_config(arg=None):
   """The config; it takes no argument."""
   common.parse_arg(arg)
-  config = common.measurements(trained_length=2048, start=10)
-  with config.unlocked():
-    config.loss_by_position.length = 32768
-    config.passkey.update(lengths=(2048, 4096, 8192), samples=100)
-    config.key_value.update(lengths=(2048, 4096), samples=100)
-    # Table 3: BLEU and ROUGE-L after these many tokens of 100 documents.
-    config.overlap.update(milestones=(2048, 4096, 8192, 16384), documents=100)
-  return config
+  return common.paper_measurements(trained_length=2048)

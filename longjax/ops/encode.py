@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from longjax.ops.call import Call
 from longjax.ops.coordinates import Coordinates
 from longjax.patterns import TRUE_DISTANCE, Pattern
 from longjax.positions import ALiBi, Position, TransformerXL
@@ -34,6 +35,21 @@ class Static:
   soft_cap: float | None
   dropout_rate: float
   contiguous: bool
+
+
+def take_apart(call: Call) -> tuple[Static, Differentiable, Auxiliary]:
+  """A call's static part, what has gradients, and the rest."""
+  static = Static(
+    call.pattern,
+    call.scale,
+    call.logit_soft_cap,
+    call.dropout_rate,
+    call.contiguous,
+  )
+  x = Differentiable(call.q, call.k, call.v, call.position)
+  rows = jnp.arange(call.q.shape[0], dtype=jnp.int32)
+  auxiliary = Auxiliary(call.where, call.global_tokens, call.dropout_seed, rows)
+  return static, x, auxiliary
 
 
 class Encoded(NamedTuple):

@@ -13,14 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longjax.ops.call import Call
-from longjax.ops.encode import (
-  Auxiliary,
-  Differentiable,
-  Static,
-  encode,
-  put_heads,
-  take_heads,
-)
+from longjax.ops.encode import encode, put_heads, take_apart, take_heads
 from longjax.ops.merge import merge
 from longjax.ops.tasks import tasks_of
 from longjax.patterns import GroupedDistance
@@ -38,17 +31,7 @@ def attend(
         'xPos around the middle of a block of queries needs one document in '
         'it, and SelfExtend tells positions that restart in each of several'
       )
-  static = Static(
-    call.pattern,
-    call.scale,
-    call.logit_soft_cap,
-    call.dropout_rate,
-    call.contiguous,
-  )
-  x = Differentiable(call.q, call.k, call.v, call.position)
-  rows = jnp.arange(call.q.shape[0], dtype=jnp.int32)
-  auxiliary = Auxiliary(call.where, call.global_tokens, call.dropout_seed, rows)
-  return _attend_jit(static, x, auxiliary)
+  return _attend_jit(*take_apart(call))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

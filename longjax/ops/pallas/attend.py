@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longjax.ops.call import Call
-from longjax.ops.encode import Auxiliary, Differentiable, Static, encode
+from longjax.ops.encode import Differentiable, encode, take_apart
 from longjax.ops.merge import merge
 from longjax.ops.pallas.parts import Shown, differentiable, parts_of
 from longjax.ops.pallas.tiling import KERNELS, Tiles, config_for
@@ -65,17 +65,7 @@ def attend(
     NotImplementedError: with the reason, for what the kernels cannot do.
   """
   _check(call)
-  static = Static(
-    call.pattern,
-    call.scale,
-    call.logit_soft_cap,
-    call.dropout_rate,
-    call.contiguous,
-  )
-  x = Differentiable(call.q, call.k, call.v, call.position)
-  rows = jnp.arange(call.q.shape[0], dtype=jnp.int32)
-  auxiliary = Auxiliary(call.where, call.global_tokens, call.dropout_seed, rows)
-  return _attend_jit(kernels, static, x, auxiliary)
+  return _attend_jit(kernels, *take_apart(call))
 
 
 def _check(call):
