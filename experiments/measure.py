@@ -72,9 +72,9 @@ class _Run:
   def __init__(self, config, workdir):
     model = config.model
     self.config, self.workdir = config, workdir
+    if not model.path:
+      raise ValueError('config.model.path is empty: name a pretrained model')
     for name in ('path', 'tokenizer'):
-      if name == 'path' and not model.path:
-        raise ValueError('config.model.path is empty: name a pretrained model')
       if model[name] and not pathlib.Path(model[name]).exists():
         raise FileNotFoundError(
           f'config.model.{name}={model[name]} does not exist'
@@ -105,8 +105,18 @@ class _Run:
       self._models = {label: load(path, **options)}
     return self._models[label]
 
-  def tokens(self, count: int, repeat: bool = False) -> np.ndarray:
-    """The first `count` tokens of the text's documents, one after another."""
+  def tokens(self, count: int) -> np.ndarray:
+    """The first `count` tokens of the text."""
+    tokens = self._read_tokens(count)
+    if len(tokens) < count:
+      raise ValueError(
+        f'{count} tokens are needed, config.text.path={self.config.text.path} '
+        f'has {len(tokens)}'
+      )
+    return tokens
+
+  def _read_tokens(self, count: int) -> np.ndarray:
+    """`count` tokens of the documents, one after another, or all there are."""
     text = self.config.text
     if not text.path:
       raise ValueError('config.text.path is empty: name a text file')
@@ -119,11 +129,9 @@ class _Run:
       tokens += self.tokenizer.encode(document)
       if len(tokens) >= count:
         break
-    if not tokens or (len(tokens) < count and not repeat):
-      raise ValueError(
-        f'{count} tokens are needed, config.text.path={path} has {len(tokens)}'
-      )
-    return np.resize(np.array(tokens, np.int32), count)
+    if not tokens:
+      raise ValueError(f'config.text.path={path} has no tokens')
+    return np.array(tokens[:count], np.int32)
 
   def finished(self, name) -> dict:
     """{label: result} of an earlier run of this very measurement."""
@@ -243,7 +251,8 @@ class _Run:
     self.variants.setdefault(label, variants(trained, start)[label])
     results = self.finished('streaming')
     if label not in results:
-      text = self.tokens(settings.length, repeat=True)[None]
+      tokens = self._read_tokens(settings.length)
+      text = np.resize(tokens, (1, settings.length))
       chunks = evaluation.stream(self.model(label), text, chunk=settings.chunk)
       count = -(-(settings.length - 1) // settings.chunk)
       rows = [
@@ -262,8 +271,7 @@ class _Run:
           float(np.median(seconds[g[g > 0]])) for g in groups if (g > 0).any()
         ],
         'resident_bytes': [int(memory[g[-1]]) for g in groups],
-        'repeats_of_text': settings.length
-        / max(1, self._distinct(settings.length)),
+        'repeats_of_text': settings.length / len(tokens),
       }
       self.write('streaming', results)
     result = results[label]
@@ -274,14 +282,6 @@ class _Run:
       for name, values in result.items()
       if name in ('nats', 'seconds_per_chunk', 'resident_bytes')
     }
-
-  def _distinct(self, count):
-    """How many tokens there are before the text repeats."""
-    try:
-      self.tokens(count)
-      return count
-    except ValueError as error:
-      return int(str(error).rsplit(' ', 1)[-1])
 
   def passkey(self):
     """Table 2: share of hidden numbers found, by length and depth."""
