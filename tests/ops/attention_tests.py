@@ -152,6 +152,20 @@ FEATURES = {
 }
 
 
+# What every Pallas backend refuses, by name, and a part of its reason.
+REFUSED_BY_KERNELS = {
+  'ALiBi': 'ALiBi changes logits',
+  'xPos': 'XPos changes logits',
+  'Transformer-XL': 'TransformerXL changes logits',
+  'positions one by one': 'keys in any order',
+  'start keys of documents': 'segment_ids with Lambda',
+  'LongNet in documents': 'segment_ids with Dilated',
+  'LongNet from a position': 'known only for a plain 0',
+  'dilation by row': 'positions of each batch row',
+  'another value size': 'value size 40',
+}
+
+
 class AttentionTests:
   """Subclasses name an implementation.
 

@@ -5,7 +5,7 @@ import contextlib
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.ops.attention_tests import AttentionTests
+from tests.ops.attention_tests import REFUSED_BY_KERNELS, AttentionTests
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 
@@ -15,16 +15,7 @@ class TestMosaicTpu(AttentionTests):
   size = 64
   dtype = jnp.bfloat16
   bounds = dict(out=6e-3, lse=1e-4, gradient=1e-2)
-  refused = {
-    'ALiBi': 'ALiBi changes logits',
-    'xPos': 'XPos changes logits',
-    'Transformer-XL': 'TransformerXL changes logits',
-    'positions one by one': 'keys in any order',
-    'start keys of documents': 'segment_ids with Lambda',
-    'LongNet in documents': 'segment_ids with Dilated',
-    'LongNet from a position': 'known only for a plain 0',
-    'dilation by row': 'positions of each batch row',
-    'another value size': 'value size 40',
+  refused = REFUSED_BY_KERNELS | {
     'float16': 'float16',
   }
 
