@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import warnings
 
 from absl import flags
 
@@ -44,7 +45,9 @@ def fail(exit_code: int, message: str):
   """
   if '--debug' in sys.argv:
     raise
-  # Destructors that still complain while the program ends have nothing to add.
+  # Destructors that still complain while the program ends have nothing to add,
+  # nor have coroutines that an error kept from being awaited.
   sys.unraisablehook = lambda unraisable: None
+  warnings.simplefilter('ignore')
   print('error: ' + ' '.join(message.split()), file=sys.stderr)
   sys.exit(exit_code)

@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 
 import jax
@@ -201,13 +202,16 @@ class Checkpoints:
 def _in_our_words():
   """Mutes orbax's threads: the first of their errors is raised here as well.
 
-  The others follow from it, among them complaints from destructors.
+  The others follow from it, among them complaints from destructors and of
+  coroutines that were never awaited, since the one before them failed.
   """
   verbosity, hook = logging.get_verbosity(), sys.unraisablehook
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = lambda unraisable: None
   try:
-    yield
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'coroutine .* never awaited')
+      yield
   finally:
     sys.unraisablehook = hook
     logging.set_verbosity(verbosity)

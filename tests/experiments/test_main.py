@@ -237,3 +237,20 @@ def test_full_disk_while_saving(whole, config, tmp_path):
 def test_debug_shows_the_traceback(config, tmp_path):
   code, _, err = run(config, tmp_path, '--config.data.path=nothing', '--debug')
   assert code == 1 and 'Traceback' in err
+
+
+def test_nothing_follows_the_error():
+  """Not even of a coroutine that the error kept from being awaited."""
+  program = (
+    'from experiments import cli\n'
+    'async def work(): pass\n'
+    'cycle = []\n'
+    'cycle += [cycle, work()]\n'
+    'del cycle\n'
+    'try: raise OSError\n'
+    'except OSError: cli.fail(1, "the reason")\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (1, 'error: the reason\n')
