@@ -280,13 +280,14 @@ VARIANTS = (
   'StreamingLLM',
   'Self-Extend',
   'truncation',
+  'independent blocks',
 )
 
 
 def measurements(
   trained_length: int, start: int = 10
 ) -> ml_collections.ConfigDict:
-  """What `main.py --mode=measure` does to a pretrained model.
+  """What `main.py --mode=measure` does to a model.
 
   Args:
     trained_length: L, LM-Infinite's window and distance ceiling.
@@ -296,14 +297,16 @@ def measurements(
   config.seed = 0
   config.model = ml_collections.ConfigDict(
     dict(
-      path='',  # a folder in Hugging Face's format, or a llama2.c .bin
+      # A folder in Hugging Face's format, a llama2.c .bin, or a run's workdir.
+      path='',
       tokenizer='',  # if it is not in the folder
       dtype='',  # of the weights; '' for what the model says
       trained_length=trained_length,
       start=start,
     )
   )
-  # A plain or .xz file, whose documents follow each other.
+  # A plain or .xz file, whose documents follow each other; of a run by default
+  # its test split.
   config.text = ml_collections.ConfigDict(
     dict(path='', separator='<|endoftext|>')
   )

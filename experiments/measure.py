@@ -1,8 +1,9 @@
-"""Measures a pretrained model far beyond its trained length (LM-Infinite).
+"""Measures a model far beyond its trained length (LM-Infinite).
 
-Run by `main.py --mode=measure` with one of configs/lm_infinite_*.py. The model
-(a folder in Hugging Face's format, or a llama2.c .bin) is measured as it is and
-with each variant of its attention; nothing is trained. The workdir gets
+Run by `main.py --mode=measure` with one of configs/*lm_infinite_*.py. The model
+(a folder in Hugging Face's format, a llama2.c .bin, or the workdir of a run of
+ours) is measured as it is and with each variant of its attention; nothing is
+trained. The workdir gets
 
   loss_by_position.json, .png   figures 3 to 5: nats by position in long texts
   streaming.json, .png          figure 4: one text without end, by chunks
@@ -10,15 +11,18 @@ with each variant of its attention; nothing is trained. The workdir gets
   key_value.json, .png          the same with one of many pairs
   overlap.json                  table 3: continuations after milestones
 
-Measurements that are finished are kept, and not done again.
+Measurements that are finished are kept, and not done again; `streaming`, which
+may take days, goes on where it was.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import json
-import lzma
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import time
 
@@ -28,13 +32,24 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import longjax
+from experiments.subject import Subject
 from longjax.evaluation import length as evaluation
 from longjax.evaluation import overlap, retrieval
-from longjax.interop import load_llama2c, load_pretrained, load_tokenizer
+from longjax.training.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Afresh:
+  """In place of a pattern: the plain model, begun anew every `stride` tokens.
+
+  Each time it reads the trained length, of which the last `stride` are scored.
+  """
+
+  stride: int
 
 
 def variants(length: int, start: int) -> dict:
-  """{label: pattern} for a model trained at `length`; None: truncation."""
+  """{label: pattern, or Afresh} for a model trained at `length`."""
   return {
     'vanilla': longjax.Full(),
     'window only': longjax.SlidingWindow(length - 1),
@@ -44,7 +59,9 @@ def variants(length: int, start: int) -> dict:
     'StreamingLLM': longjax.AttentionSinks(length - start, start),
     # Tells up to length // 2 as it is, and eight times that by groups.
     'Self-Extend': longjax.SelfExtend(length // 2, 8),
-    'truncation': None,
+    'truncation': Afresh(max(length // 2, 1)),
+    # Each token is scored once, with 0 to length - 1 tokens before it.
+    'independent blocks': Afresh(length),
   }
 
 
@@ -67,18 +84,11 @@ def measure(config: ConfigDict, workdir: str) -> dict:
 
 
 class _Run:
-  """One model, its tokenizer and text, and where results go."""
+  """One model and text, and where results go."""
 
   def __init__(self, config, workdir):
     model = config.model
     self.config, self.workdir = config, workdir
-    if not model.path:
-      raise ValueError('config.model.path is empty: name a pretrained model')
-    for name in ('path', 'tokenizer'):
-      if model[name] and not pathlib.Path(model[name]).exists():
-        raise FileNotFoundError(
-          f'config.model.{name}={model[name]} does not exist'
-        )
     if not 0 <= model.start < model.trained_length:
       raise ValueError(
         f'config.model.start={model.start} must lie in 0 ... '
@@ -90,48 +100,23 @@ class _Run:
         f'config.variants {sorted(unknown)} are not in {list(known)}'
       )
     self.variants = {label: known[label] for label in config.variants}
-    self.tokenizer = load_tokenizer(model.tokenizer or model.path)
+    self.subject = Subject(config)
     self._models = {}
     workdir.mkdir(parents=True, exist_ok=True)
 
   def model(self, label):
-    pattern, path = self.variants[label], pathlib.Path(self.config.model.path)
     # One at a time: a real model fills the memory.
     if label not in self._models:
-      options = {} if pattern is None else {'patterns': pattern}
-      if self.config.model.dtype:
-        options['dtype'] = self.config.model.dtype
-      load = load_llama2c if path.suffix == '.bin' else load_pretrained
-      self._models = {label: load(path, **options)}
+      pattern = self.variants[label]
+      if isinstance(pattern, Afresh):
+        pattern = longjax.Full()
+      self._models.clear()
+      self._models[label] = self.subject.load(pattern)
     return self._models[label]
 
-  def tokens(self, count: int) -> np.ndarray:
-    """The first `count` tokens of the text."""
-    tokens = self._read_tokens(count)
-    if len(tokens) < count:
-      raise ValueError(
-        f'{count} tokens are needed, config.text.path={self.config.text.path} '
-        f'has {len(tokens)}'
-      )
-    return tokens
-
-  def _read_tokens(self, count: int) -> np.ndarray:
-    """`count` tokens of the documents, one after another, or all there are."""
-    text = self.config.text
-    if not text.path:
-      raise ValueError('config.text.path is empty: name a text file')
-    path = pathlib.Path(text.path)
-    opened = lzma.open if path.suffix == '.xz' else open
-    with opened(path, 'rt', encoding='utf-8') as file:
-      documents = file.read().split(text.separator)
-    tokens = []
-    for document in filter(None, map(str.strip, documents)):
-      tokens += self.tokenizer.encode(document)
-      if len(tokens) >= count:
-        break
-    if not tokens:
-      raise ValueError(f'config.text.path={path} has no tokens')
-    return np.array(tokens[:count], np.int32)
+  def patterns(self):
+    """The labels of variants that can read a prompt and go on."""
+    return [k for k, v in self.variants.items() if not isinstance(v, Afresh)]
 
   def finished(self, name) -> dict:
     """{label: result} of an earlier run of this very measurement."""
@@ -146,24 +131,9 @@ class _Run:
     return record['results']
 
   def _settings(self, name):
-    model, text = self.config.model, self.config.text
-    return json.loads(
-      json.dumps(
-        {
-          # Names only: where files lay is of no interest.
-          'model': {
-            **model.to_dict(),
-            'path': pathlib.Path(model.path).name,
-            'tokenizer': pathlib.Path(model.tokenizer).name,
-          },
-          'text': {
-            **text.to_dict(),
-            'path': pathlib.Path(text.path).name,
-          },
-          name: self.config[name].to_dict(),
-        }
-      )
-    )
+    asked = {**self.subject.names(), name: self.config[name].to_dict()}
+    # Tuples become lists, as in what is read.
+    return json.loads(json.dumps(asked))
 
   def write(self, name, results):
     record = {
@@ -190,19 +160,23 @@ class _Run:
         f'config.loss_by_position.length={length} must exceed the trained '
         f'length {trained}'
       )
-    texts = self.tokens(length * documents).reshape(documents, length)
+    texts = self.subject.tokens(length * documents).reshape(documents, length)
     results = self.finished('loss_by_position')
     for label in self.variants:
       if label in results:
         continue
       started = time.perf_counter()
       losses = self._losses(label, texts, settings.chunk)
-      curve = evaluation.loss_by_position(losses, _octaves(trained, length))
+      curve = evaluation.loss_by_position(losses, _edges(trained, length))
       results[label] = {
         'pattern': str(self.variants[label]),
         'beyond_trained_length': float(
           losses[:, trained:].mean(dtype=np.float64)
         ),
+        'beyond_by_document': [
+          float(row[trained:].mean(dtype=np.float64)) for row in losses
+        ],
+        'octaves': _octaves_of(losses, trained),
         'seconds': time.perf_counter() - started,
         **vars(curve),
       }
@@ -223,9 +197,10 @@ class _Run:
 
   def _losses(self, label, texts, chunk):
     model, trained = self.model(label), self.config.model.trained_length
-    if self.variants[label] is None:
+    variant = self.variants[label]
+    if isinstance(variant, Afresh):
       return evaluation.truncated_losses(
-        model, texts, length=trained, stride=max(trained // 2, 1)
+        model, texts, length=trained, stride=variant.stride
       )
     count = -(-(texts.shape[1] - 1) // chunk)
     # One text at a time: vanilla attention to all of it needs the memory.
@@ -245,43 +220,80 @@ class _Run:
 
   def streaming(self):
     """Figure 4: loss, time and memory along one text, with LM-Infinite."""
-    settings = self.config.streaming
     label = 'LM-Infinite'
-    trained, start = self.config.model.trained_length, self.config.model.start
-    self.variants.setdefault(label, variants(trained, start)[label])
+    model = self.config.model
+    self.variants.setdefault(
+      label, variants(model.trained_length, model.start)[label]
+    )
     results = self.finished('streaming')
-    if label not in results:
-      tokens = self._read_tokens(settings.length)
-      text = np.resize(tokens, (1, settings.length))
-      chunks = evaluation.stream(self.model(label), text, chunk=settings.chunk)
-      count = -(-(settings.length - 1) // settings.chunk)
-      rows = [
-        (c.first, float(c.losses.mean()), c.seconds, _resident_bytes())
-        for c in tqdm(chunks, desc='streaming', total=count, unit='chunk')
-      ]
-      # A hundred points: the mean loss and time of each, memory at its end.
-      groups = np.array_split(np.arange(len(rows)), min(100, len(rows)))
-      columns = [np.array(column) for column in zip(*rows, strict=True)]
-      first, losses, seconds, memory = columns
-      results[label] = {
-        'position': [int(first[g[0]]) for g in groups],
-        'nats': [float(losses[g].mean()) for g in groups],
-        # The first chunk compiles.
-        'seconds_per_chunk': [
-          float(np.median(seconds[g[g > 0]])) for g in groups if (g > 0).any()
-        ],
-        'resident_bytes': [int(memory[g[-1]]) for g in groups],
-        'repeats_of_text': settings.length / len(tokens),
-      }
-      self.write('streaming', results)
+    if not results.get(label, {}).get('finished'):
+      self._stream(label)
+      results = self.finished('streaming')
     result = results[label]
     evaluation.draw_stream(result, self.workdir / 'streaming.png')
     half = len(result['nats']) // 2
     return {
-      name: [float(np.mean(part)) for part in (values[:half], values[half:])]
-      for name, values in result.items()
-      if name in ('nats', 'seconds_per_chunk', 'resident_bytes')
+      name: [
+        float(np.nanmean(np.array(part, float)))
+        for part in (result[name][:half], result[name][half:])
+      ]
+      for name in ('nats', 'seconds_per_chunk', 'resident_bytes')
     }
+
+  def _stream(self, label):
+    """Writes a hundred points, going on after those there are."""
+    length, chunk = self.config.streaming.length, self.config.streaming.chunk
+    tokens = self.subject.up_to(length)
+    text = np.resize(tokens, (1, length))
+    model = self.model(label)
+    chunks = -(-(length - 1) // chunk)
+    # A point is the mean loss and the median time of its chunks, and the memory
+    # held at its end.
+    ends = np.cumsum(
+      [len(g) for g in np.array_split(np.arange(chunks), min(100, chunks))]
+    )
+    cache = model.init_cache(1, max_length=length - 1)
+    done = 0
+    result = {
+      'pattern': str(self.variants[label]),
+      'repeats_of_text': length / len(tokens),
+      'cache_bytes': sum(x.nbytes for x in jax.tree.leaves(cache)),
+      'begun_at': [],
+      **{name: [] for name in _POINT},
+    }
+    folder = self.workdir / 'streaming_checkpoints'
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+      if restored := checkpoints.restore({'cache': cache}):
+        done, result = restored.step, restored.run['result']
+        cache = restored.state['cache']
+      first = done * chunk
+      result['begun_at'].append(first)
+      pieces = evaluation.stream(
+        model, text[:, first:], chunk=chunk, cache=cache
+      )
+      losses, seconds, compiles = [], [], True
+      for piece in tqdm(
+        pieces, desc='streaming', initial=done, total=chunks, unit='chunk'
+      ):
+        losses.append(piece.losses.mean())
+        if not compiles:
+          seconds.append(piece.seconds)
+        compiles, done = False, done + 1
+        if done not in ends:
+          continue
+        point = (
+          1 + (done - len(losses)) * chunk,
+          float(np.mean(losses)),
+          float(np.median(seconds)) if seconds else None,
+          _resident_bytes(),
+        )
+        for name, value in zip(_POINT, point, strict=True):
+          result[name].append(value)
+        result['finished'] = done == chunks
+        self.write('streaming', {label: result})
+        checkpoints.save(done, {'cache': piece.cache}, {'result': result})
+        losses, seconds = [], []
+    shutil.rmtree(folder)
 
   def passkey(self):
     """Table 2: share of hidden numbers found, by length and depth."""
@@ -293,15 +305,15 @@ class _Run:
 
   def _retrieval(self, name):
     settings, results = self.config[name], self.finished(name)
-    for label in self.variants:
-      if label in results or self.variants[label] is None:
+    for label in self.patterns():
+      if label in results:
         continue
       model, found = self.model(label), {}
       grid = list(itertools.product(settings.lengths, settings.depths))
       for length, depth in tqdm(grid, desc=f'{name}, {label}'):
         found[f'{length},{depth}'] = retrieval.accuracy(
           model,
-          self.tokenizer,
+          self.subject.tokenizer,
           retrieval.TASKS[name],
           length=length,
           depth=depth,
@@ -321,10 +333,10 @@ class _Run:
     """Table 3: BLEU and ROUGE-L of continuations after each milestone."""
     settings, results = self.config.overlap, self.finished('overlap')
     length = max(settings.milestones) + settings.tokens
-    texts = self.tokens(length * settings.documents)
+    texts = self.subject.tokens(length * settings.documents)
     texts = texts.reshape(settings.documents, length)
-    for label in self.variants:
-      if label in results or self.variants[label] is None:
+    for label in self.patterns():
+      if label in results:
         continue
       results[label] = {}
       for milestone in tqdm(settings.milestones, desc=f'overlap, {label}'):
@@ -333,7 +345,8 @@ class _Run:
         )
         true = texts[:, milestone : milestone + settings.tokens]
         generated, true = (
-          [self.tokenizer.decode(row) for row in rows] for rows in (new, true)
+          [self.subject.tokenizer.decode(row) for row in rows]
+          for rows in (new, true)
         )
         results[label][str(milestone)] = {
           **overlap.scores(generated, true),
@@ -347,7 +360,11 @@ class _Run:
     }
 
 
-def _octaves(trained: int, length: int) -> list[int]:
+# What is told of each point of a stream.
+_POINT = ('position', 'nats', 'seconds_per_chunk', 'resident_bytes')
+
+
+def _edges(trained: int, length: int) -> list[int]:
   """Edges: four bins an octave from a sixteenth of the trained length on."""
   edges, step = [1], max(trained / 16, 2)
   while round(step) < length:
@@ -355,6 +372,19 @@ def _octaves(trained: int, length: int) -> list[int]:
       edges.append(round(step))
     step *= 2**0.25
   return [*edges, length]
+
+
+def _octaves_of(losses: np.ndarray, trained: int) -> dict[str, float]:
+  """Mean nats from half the trained length on, each time twice as far."""
+  last = losses.shape[1] + 1
+  edges = [max(trained // 2, 1)]
+  while edges[-1] < last:
+    edges.append(min(2 * edges[-1], last))
+  means = evaluation.loss_by_position(losses, edges).mean
+  return {
+    f'{a}-{b}': mean
+    for a, b, mean in zip(edges, edges[1:], means, strict=False)
+  }
 
 
 def _resident_bytes() -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from longjax.evaluation.bits import windows
+from longjax.nn.cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +24,18 @@ class Chunk:
   """What streaming one chunk of tokens gave.
 
   Attributes:
-    first: the position of the first token scored.
+    first: the number, among the tokens given, of the first one scored.
     losses: float32 [batch, n], nats of tokens first, ..., first + n - 1, each
       given those before it.
     seconds: that the chunk took; the first one compiles.
+    cache: of the model after it, from which another `stream` may go on; gone
+      once the next chunk is asked for.
   """
 
   first: int
   losses: np.ndarray
   seconds: float
+  cache: Cache
 
 
 def _nll(logits, tokens):
@@ -48,7 +52,11 @@ def _step(graphdef, state, cache, tokens, targets, real):
 
 
 def stream(
-  model: nnx.Module, tokens: np.ndarray, *, chunk: int = 512
+  model: nnx.Module,
+  tokens: np.ndarray,
+  *,
+  chunk: int = 512,
+  cache: Cache | None = None,
 ) -> Iterator[Chunk]:
   """Reads texts of any length chunk by chunk through a cache.
 
@@ -59,6 +67,8 @@ def stream(
     model: a `DecoderLM`.
     tokens: int [batch, length], length >= 2.
     chunk: tokens read at a time. No result depends on it.
+    cache: of what the model has read before these tokens; used up. None: they
+      begin their texts.
 
   Yields:
     A `Chunk` after each, the last one shorter.
@@ -72,7 +82,8 @@ def stream(
   batch, length = tokens.shape
   inputs, targets = tokens[:, :-1], tokens[:, 1:]
   chunk = min(chunk, length - 1)
-  cache = model.init_cache(batch, max_length=length - 1)
+  if cache is None:
+    cache = model.init_cache(batch, max_length=length - 1)
   graphdef, state = nnx.split(model)
   for first in range(0, length - 1, chunk):
     started = time.perf_counter()
@@ -83,7 +94,7 @@ def stream(
     real = np.broadcast_to(np.arange(chunk) < count, (batch, chunk))
     losses, cache = _step(graphdef, state, cache, *piece, real)
     losses = np.asarray(losses)[:, :count]
-    yield Chunk(first + 1, losses, time.perf_counter() - started)
+    yield Chunk(first + 1, losses, time.perf_counter() - started, cache)
 
 
 def streamed_losses(
@@ -265,7 +276,8 @@ def draw_stream(result: Mapping[str, Sequence[float]], path: str | os.PathLike):
   """Writes a picture of loss, time and memory along one endless text.
 
   Args:
-    result: lists 'position', 'nats', 'seconds_per_chunk', 'resident_bytes'.
+    result: lists 'position', 'nats', 'seconds_per_chunk' (None where there is
+      none to tell), 'resident_bytes'.
     path: of the .png.
   """
   from matplotlib import figure
@@ -279,10 +291,9 @@ def draw_stream(result: Mapping[str, Sequence[float]], path: str | os.PathLike):
   for axes, (name, label, unit) in zip(
     canvas.subplots(len(panels), sharex=True), panels, strict=True
   ):
-    values = np.asarray(result[name]) / unit
-    # Times may lack the first point, which compiles.
-    axes.plot(result['position'][-len(values) :], values)
-    axes.set(ylabel=label, ylim=(0, 1.2 * values.max()))
+    values = np.array(result[name], float) / unit
+    axes.plot(result['position'], values)
+    axes.set(ylabel=label, ylim=(0, 1.2 * np.nanmax(values)))
     axes.grid(alpha=0.3)
   axes.set_xlabel('position in the text (tokens)')
   canvas.savefig(path, dpi=150)

@@ -40,6 +40,8 @@ def load(
   config: Mapping,
   workdir: str | os.PathLike,
   checkpoint: str | os.PathLike = '',
+  *,
+  patterns=None,
 ) -> Trained:
   """The model of a run's newest readable checkpoint.
 
@@ -48,6 +50,7 @@ def load(
     workdir: its folder.
     checkpoint: another folder to take it from: a work folder, a folder of
       checkpoints, or one of those by its step ('.../checkpoints/1000').
+    patterns: of `DecoderLM`, instead of the last stage's.
 
   Raises:
     CheckpointError: when there is none, or it is of another architecture.
@@ -59,7 +62,7 @@ def load(
   task = LanguageModelling(settings)
 
   def make_model(rngs):
-    return task.make_model(stage, rngs)
+    return task.make_model(stage, rngs, patterns)
 
   # Shapes only: the arrays are about to be read.
   merge, shapes = split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))

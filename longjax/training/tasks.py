@@ -51,11 +51,20 @@ class LanguageModelling:
         model[name] = jnp.dtype(model[name])
     self._model = model
 
-  def make_model(self, stage: Stage, rngs: nnx.Rngs) -> nnx.Module:
-    """The module of a stage: other patterns, the same parameters."""
+  def make_model(
+    self, stage: Stage, rngs: nnx.Rngs, patterns=None
+  ) -> nnx.Module:
+    """The module of a stage: other patterns, the same parameters.
+
+    Args:
+      stage: says the patterns, unless they are given.
+      rngs: of the initial parameters.
+      patterns: of `DecoderLM`.
+    """
     return DecoderLM(
       vocab_size=self.corpus.vocab_size,
-      patterns=stage.layer_patterns(
+      patterns=patterns
+      or stage.layer_patterns(
         self._settings.pattern, self._model['num_layers']
       ),
       rngs=rngs,

@@ -22,15 +22,17 @@ ARGUMENTS = {
   'enwik8_longnet': ('', 'budget', 'runlocal'),
   'enwik8_lm_infinite': ('', 'budget', 'runlocal'),
   'demo': ('', 'runlocal'),
+  'text8_rope_lm_infinite': ('', 'runlocal'),
   'text8_windows': ('windows=fixed,seed=1', 'windows=decreasing'),
 }
-# Of pretrained models, which are measured and not trained.
+# Of models that are measured and not trained.
 MEASURED = {
   'lm_infinite_gptj': ('',),
   'lm_infinite_llama': ('',),
   'lm_infinite_llama2': ('',),
   'lm_infinite_mpt': ('',),
   'lm_infinite_stories': ('', 'stream', 'runlocal', 'stream,runlocal'),
+  'text8_rope_lm_infinite': ('measure', 'measure,runlocal'),
 }
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 

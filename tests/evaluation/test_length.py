@@ -59,6 +59,15 @@ def test_chunks_tell_where_they_are():
   assert all(c.seconds > 0 for c in chunks)
 
 
+def test_a_stream_goes_on_from_a_cache():
+  model = make(longjax.Lambda(9, 3))
+  whole = evaluation.streamed_losses(model, TOKENS)
+  first = next(evaluation.stream(model, TOKENS, chunk=32))
+  rest = evaluation.stream(model, TOKENS[:, 32:], chunk=9, cache=first.cache)
+  losses = np.concatenate([first.losses, *(c.losses for c in rest)], axis=1)
+  np.testing.assert_allclose(losses, whole, atol=2e-4)
+
+
 def test_truncation_forgets_everything_before():
   model = make(longjax.Full())
   length, stride = 16, 8

@@ -11,8 +11,11 @@ from flax import nnx
 
 import longjax
 from experiments import measure
+from longjax import training
+from longjax.evaluation import length as evaluation
 from longjax.interop import config_of, save_pretrained
 from longjax.models import llama
+from tests.training.helpers import write_text
 
 TRAINED, START = 32, 4
 ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -55,6 +58,7 @@ def make_config(folder):
 def test_every_measurement(pretrained, tmp_path):
   config = make_config(pretrained)
   config.streaming.update(length=1000, chunk=100)
+  config.variants = (*config.variants, 'independent blocks')
   for task in (config.passkey, config.key_value):
     task.update(lengths=(500,), depths=(0.5,), samples=1)
   config.overlap.update(milestones=(20, 60), tokens=10, documents=2)
@@ -72,11 +76,16 @@ def test_every_measurement(pretrained, tmp_path):
   assert curve['edges'][0] == 1 and curve['edges'][-1] == 96
   assert len(curve['mean']) == len(curve['edges']) - 1
   assert curve['documents'] == 2 and curve['seconds'] > 0
+  assert list(curve['octaves']) == ['16-32', '32-64', '64-96']
+  np.testing.assert_allclose(
+    np.mean(curve['beyond_by_document']), curve['beyond_trained_length']
+  )
   # Nothing about this machine's folders.
   assert str(pretrained.parent) not in json.dumps(record)
   stream = json.loads((tmp_path / 'streaming.json').read_text())
   stream = stream['results']['LM-Infinite']
   assert len(stream['nats']) == 10 and stream['repeats_of_text'] > 1
+  assert stream['begun_at'] == [0] and stream['cache_bytes'] > 0
   for name in result.keys() - {'overlap'}:
     picture = (tmp_path / f'{name}.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
@@ -106,6 +115,104 @@ def test_what_is_finished_is_kept(pretrained, tmp_path, monkeypatch):
     measure.measure(config, tmp_path)
 
 
+def test_blocks_know_nothing_of_each_other(pretrained, tmp_path):
+  """The plain model on each block by itself, its first token scored too."""
+  config = make_config(pretrained)
+  config.variants = ('independent blocks',)
+  run = measure._Run(config, tmp_path)
+  texts = run.subject.tokens(2 * 96).reshape(2, 96)
+  got = run._losses('independent blocks', texts, 32)
+  model = run.subject.load(longjax.Full())
+  for start in (0, 32, 64):
+    block = texts[:, start : start + TRAINED + 1]
+    logp = jax.nn.log_softmax(model(block[:, :-1]))
+    wanted = -np.take_along_axis(np.asarray(logp), block[:, 1:, None], -1)
+    np.testing.assert_allclose(
+      got[:, start : start + TRAINED], wanted[..., 0], atol=1e-4
+    )
+
+
+def test_a_stream_that_was_stopped_goes_on(pretrained, tmp_path, monkeypatch):
+  config = make_config(pretrained)
+  config.loss_by_position.length = 0
+  config.streaming.update(length=1000, chunk=7)
+  whole = measure.measure(config, tmp_path / 'whole')
+  write = measure._Run.write
+
+  def stop(self, name, results):
+    write(self, name, results)
+    if len(results['LM-Infinite']['nats']) == 40:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(measure._Run, 'write', stop)
+  with pytest.raises(KeyboardInterrupt):
+    measure.measure(config, tmp_path / 'stopped')
+  monkeypatch.undo()
+  stopped = measure.measure(config, tmp_path / 'stopped')
+  assert stopped['streaming']['nats'] == whole['streaming']['nats']
+  a, b = (
+    json.loads((tmp_path / name / 'streaming.json').read_text())['results'][
+      'LM-Infinite'
+    ]
+    for name in ('whole', 'stopped')
+  )
+  assert a['position'] == b['position'] and len(a['position']) == 100
+  assert a['begun_at'] == [0] and b['begun_at'][0] == 0 < b['begun_at'][1]
+  assert not (tmp_path / 'stopped' / 'streaming_checkpoints').exists()
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A run of ours, of a step."""
+  folder = tmp_path_factory.mktemp('trained')
+  config = importlib.import_module('configs.text8_rope_lm_infinite').get_config(
+    'runlocal'
+  )
+  config.data.name = 'text'
+  config.data.path = str(write_text(folder / 'text.txt', words=2000))
+  config.data.loader = 'numpy'
+  config.model.update(num_layers=1, features=8, num_heads=2)
+  stage = dict(config.stages[0]) | dict(
+    length=TRAINED, batch_size=2, steps=1, warmup_steps=0
+  )
+  config.stages = (stage,)
+  config.evaluation.update(
+    length=TRAINED, stride=TRAINED, batch_size=2, test_characters=100
+  )
+  config.tensorboard = False
+  training.train_and_evaluate(config, folder / 'run')
+  return folder / 'run'
+
+
+def test_a_run_of_ours(trained, tmp_path):
+  config = make_config(trained)
+  config.text.path = ''
+  config.overlap.update(milestones=(20,), tokens=10, documents=1)
+  result = measure.measure(config, tmp_path)
+  record = json.loads((tmp_path / 'loss_by_position.json').read_text())
+  assert record['settings']['run']['data'] == 'text'
+  assert str(trained.parent) not in json.dumps(record)
+  run = measure._Run(config, tmp_path)
+  # Its own parameters, whatever the pattern, and its own test split.
+  found = training.load(
+    json.loads((trained / 'config.json').read_text()), trained
+  )
+  texts = found.task.corpus.test[: 2 * 96].reshape(2, 96)
+  np.testing.assert_array_equal(run.subject.tokens(192), texts.reshape(-1))
+  assert run.model('LM-Infinite').patterns == (longjax.Lambda(TRAINED, START),)
+  losses = evaluation.streamed_losses(found.model, texts)
+  np.testing.assert_allclose(
+    losses[:, TRAINED:].mean(),
+    result['loss_by_position']['vanilla'],
+    rtol=1e-5,
+  )
+  for name in ('tokenizer', 'dtype'):
+    config = make_config(trained)
+    config.model[name] = str(trained)
+    with pytest.raises(ValueError, match=f'config.model.{name}=.* has its own'):
+      measure.measure(config, tmp_path)
+
+
 @pytest.mark.parametrize(
   ('name', 'value', 'message'),
   [
@@ -130,6 +237,6 @@ def test_bad_input(pretrained, tmp_path, name, value, message):
   ('trained', 'length'), [(32, 96), (512, 1024), (512, 32768), (8, 9)]
 )
 def test_edges_grow(trained, length):
-  edges = measure._octaves(trained, length)
+  edges = measure._edges(trained, length)
   assert edges[0] == 1 and edges[-1] == length
   assert all(a < b for a, b in zip(edges, edges[1:], strict=False))
