@@ -22,6 +22,8 @@ _PUBLIC = {
   'DistanceCeiling': 'longjax.patterns',
   'SelfExtend': 'longjax.patterns',
   'Full': 'longjax.patterns',
+  'BlockwiseCausal': 'longjax.patterns',
+  'FixedSparse': 'longjax.patterns',
   'RoPE': 'longjax.positions',
   'XPos': 'longjax.positions',
   'ALiBi': 'longjax.positions',

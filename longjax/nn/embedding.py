@@ -87,7 +87,7 @@ def distances(pattern: Pattern, num_heads: int, span: int) -> tuple[int, int]:
   """
 
   def furthest(branch):
-    seen = min(branch.left * branch.stride, branch.segment - 1, span)
+    seen = min(branch.steps()[0] * branch.stride, span)
     return int(branch.distance.largest(seen))
 
   right = int(min(pattern.reach()[1], span))

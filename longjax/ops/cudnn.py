@@ -4,15 +4,13 @@ That is a causal window of keys to the left. It is always called with
 is_causal=True: without, a left window shows the whole future (jax PR 39576).
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longjax.ops.call import Call
 from longjax.ops.pallas import devices
-from longjax.patterns import TRUE_DISTANCE
+from longjax.patterns import Branch
 from longjax.positions import RoPE
 
 _LARGEST_HEAD = 128
@@ -55,14 +53,9 @@ def _window(call: Call) -> int:
   """How many keys are seen before self."""
   num_heads = call.q.shape[2]
   (branch, *more) = call.pattern.branches(num_heads)
-  plain = (
-    branch.right == 0
-    and branch.stride == 1
-    and (branch.heads is None or len(branch.heads) == num_heads)
-    and branch.start == branch.segment == math.inf
-    and branch.distance == TRUE_DISTANCE
-  )
-  if more or not plain:
+  every = branch.heads is None or len(branch.heads) == num_heads
+  plain = Branch(left=branch.left, right=0, heads=branch.heads)
+  if more or not every or branch != plain:
     _refuse(f'{call.pattern} is no causal window of neighbouring keys')
   if call.position is not None and not isinstance(call.position, RoPE):
     _refuse(f'position {type(call.position).__name__} is neither RoPE nor None')

@@ -218,11 +218,11 @@ class BranchTask(_Task):
     self.branch = branch
     self.heads, self.distance = branch.heads, branch.distance
     self.stride = branch.stride
-    # In packed documents, start keys and thinned rows are where the data says.
+    # In packed documents, start keys and selected rows are where the data says.
     self.packed = (
       static.contiguous
       and where.q_doc is not None
-      and (branch.offsets is not None or branch.start != math.inf)
+      and (self._selects or branch.start != math.inf)
     )
     own_offsets = any(
       y is not None and y.ndim for y in (where.q_offset, where.k_offset)
@@ -268,12 +268,17 @@ class BranchTask(_Task):
       ),
     )
 
+  @property
+  def _selects(self) -> bool:
+    """Whether each head has keys of its own."""
+    return self.branch.offsets is not None or self.branch.columns is not None
+
   # How kv heads are laid out: as they are, or one for each query head.
 
   @property
   def _own_kv_heads(self) -> bool:
-    thinned = self.branch.offsets is not None and self.static.contiguous
-    return self.heads is not None or thinned
+    selected = self._selects and self.static.contiguous
+    return self.heads is not None or selected
 
   def _kv_heads_of(self):
     repeats = self.num_heads // self.kv_heads
@@ -298,8 +303,12 @@ class BranchTask(_Task):
       return views.Thinned(
         *sizes, branch.segment, stride, branch.offsets, offsets
       ), span
-    steps = (branch.segment - 1) // stride
-    span = min(branch.left, steps) + max(min(branch.right, steps), 0) + 1
+    left, right = branch.steps()
+    if branch.columns is not None:
+      return views.Columns(
+        *sizes, branch.segment, branch.columns, branch.width, offsets
+      ), left
+    span = left + max(right, 0) + 1
     if branch.start != math.inf:
       span = min(span, -(-branch.start // stride) + 1)
     if stride == 1:
@@ -308,7 +317,10 @@ class BranchTask(_Task):
 
   def _compact_view(self, q_pos, k_pos):
     branch, queries = self.branch, None
-    if branch.offsets is None:
+    if branch.columns is not None:
+      columns = np.asarray(branch.columns)[:, None]
+      keys = (k_pos >= 0) & branch.in_columns(k_pos, columns)
+    elif branch.offsets is None:
       keys = ((k_pos >= 0) & (k_pos < branch.start))[None]
     else:
       offset = np.asarray(branch.offsets)[:, None]
@@ -349,6 +361,10 @@ class BranchTask(_Task):
       columns = columns._replace(
         pos=jnp.where(k_kept, columns.pos, tile.NOWHERE)
       )
+    elif branch.columns is not None:
+      column = np.asarray(branch.columns).reshape(*self._layout, 1)
+      kept = branch.in_columns(where.k_pos[:, None, None, None], column)
+      columns = columns._replace(pos=jnp.where(kept, columns.pos, tile.NOWHERE))
     elif branch.stride > 1:
       rows = rows._replace(
         residue=view.query_values(branch.residue(where.q_pos), 0)

@@ -266,6 +266,44 @@ class Thinned(Taken):
     return jnp.asarray(index, jnp.int32), jnp.asarray(inverse, jnp.int32)
 
 
+class Columns(Taken):
+  """All queries, and of each segment `width` keys from the head's column on.
+
+  Key rows are numbered by segment, `width` in each. Each query head has key
+  rows of its own.
+  """
+
+  affine = False
+
+  def __init__(self, num_queries, num_keys, segment, columns, width, offsets):
+    self._segment, self._width = segment, width
+    self._first = np.asarray(columns, np.int32)[:, None]
+    offset = 0 if offsets[1] is None else offsets[1]
+    self._offset, self._base = offset, offset // segment * width
+    if isinstance(offset, int):
+      segments = (offset + num_keys - 1) // segment - offset // segment + 1
+    else:
+      segments = (num_keys - 1) // segment + 2  # wherever the first one begins
+    row = self._base + jnp.arange(segments * width)
+    slot = row // width * segment + self._first + row % width - offset
+    self.key_index = jnp.where((slot >= 0) & (slot < num_keys), slot, -1)
+    position = offset + jnp.arange(num_keys)
+    within = position % segment - self._first
+    row = position // segment * width + within - self._base
+    self.key_inverse = jnp.where((within >= 0) & (within < width), row, -1)
+    super().__init__(num_queries, segments * width, len(columns), 1)
+
+  def first_row(self, slot):
+    position = self._offset + slot
+    # [K, 1, 1]: first columns, against slots [b, c, k, r, rows].
+    within = position % self._segment - self._first[..., None]
+    row = position // self._segment * self._width - self._base
+    return row + jnp.clip(within, 0, self._width)
+
+  def last_row(self, slot):
+    return self.first_row(slot + 1) - 1
+
+
 class Compact(Taken):
   """The selected rows, moved together in order: for packed documents.
 

@@ -16,16 +16,19 @@ from longjax.patterns.lm_infinite import (
   SelfExtend,
 )
 from longjax.patterns.longformer import Full, SlidingWindow
-from longjax.patterns.longnet import Dilated
+from longjax.patterns.longnet import BlockwiseCausal, Dilated
+from longjax.patterns.sparse_transformer import FixedSparse
 
 __all__ = [
   'TRUE_DISTANCE',
   'AttentionSinks',
+  'BlockwiseCausal',
   'Branch',
   'CacheDistance',
   'CappedDistance',
   'Dilated',
   'DistanceCeiling',
+  'FixedSparse',
   'Full',
   'GroupedDistance',
   'Lambda',

@@ -136,9 +136,11 @@ class Branch:
   Query i sees key j when all of these hold:
 
   * view: i and j are congruent modulo `stride`; with `offsets`, both lie on
-    the rows (position mod segment) mod stride == offsets[head].
-  * interval: i - left * stride <= j <= i + right * stride, j < start, and
-    i // segment == j // segment.
+    the rows (position mod segment) mod stride == offsets[head]; with `columns`,
+    columns[head] <= j mod segment < columns[head] + width.
+  * interval: i - left * stride <= j <= i + right * stride, j < start,
+    i // segment == j // segment (j // segment < i // segment, if `earlier`) and
+    j // block >= i // block - 1.
 
   `left` and `right` count steps of `stride`. Both ends of the interval grow
   with i, which is all that a blocked implementation needs.
@@ -148,8 +150,13 @@ class Branch:
     stride: the dilation.
     start: only the first `start` positions are seen.
     segment: queries and keys must lie in the same segment of this length.
+    earlier: keys must lie in an earlier segment than the query, instead.
+    block: keys lie in the query's block of this length or the one before it,
+      or after them.
     offsets: per head of the branch, which rows of a segment take part; None
       for all residue classes.
+    columns: per head of the branch, the first of the `width` neighbouring keys
+      of each segment that take part; None for all. Not with a stride.
     heads: global numbers of the heads that have this branch; None for all.
     distance: what the position scheme is told.
   """
@@ -159,7 +166,11 @@ class Branch:
   stride: int = 1
   start: float = math.inf
   segment: float = math.inf
+  earlier: bool = False
+  block: float = math.inf
   offsets: tuple[int, ...] | None = None
+  columns: tuple[int, ...] | None = None
+  width: int = 0
   heads: tuple[int, ...] | None = None
   distance: TrueDistance | CappedDistance | CacheDistance | GroupedDistance = (
     TRUE_DISTANCE
@@ -178,9 +189,23 @@ class Branch:
       hi = xp.minimum(hi, self.start - 1)
     if self.segment != math.inf:
       first = q_pos // self.segment * self.segment
-      lo = xp.maximum(lo, first)
-      hi = xp.minimum(hi, first + self.segment - 1)
+      if self.earlier:
+        hi = xp.minimum(hi, first - 1)
+      else:
+        lo = xp.maximum(lo, first)
+        hi = xp.minimum(hi, first + self.segment - 1)
+    if self.block != math.inf:
+      lo = xp.maximum(lo, (q_pos // self.block - 1) * self.block)
     return lo, hi
+
+  def steps(self) -> tuple[float, float]:
+    """Furthest steps of `stride` seen to the left and to the right."""
+    inside = math.inf if self.earlier else self.segment - 1
+    behind = min(inside, 2 * self.block - 1)
+    return tuple(
+      side if limit == math.inf else min(side, limit // self.stride)
+      for side, limit in ((self.left, behind), (self.right, inside))
+    )
 
   def residue(self, pos):
     """What must be equal, besides the interval, for i to see j."""
@@ -189,13 +214,20 @@ class Branch:
       return pos % self.stride
     return (pos % self.segment) % self.stride
 
-  def sees(self, q_pos, k_pos, offset=None) -> Bool[Array, '...']:
-    """Whether queries see keys; `offset` is that of the head, if any."""
+  def in_columns(self, k_pos, column) -> Bool[Array, '...']:
+    """Whether keys lie in the columns that begin at `column`."""
+    within = as_positions(k_pos) % self.segment
+    return (column <= within) & (within < column + self.width)
+
+  def sees(self, q_pos, k_pos, own=None) -> Bool[Array, '...']:
+    """Whether queries see keys; `own` is the head's of offsets or columns."""
     lo, hi = self.bounds(q_pos)
     residue = self.residue(q_pos)
     seen = (lo <= k_pos) & (k_pos <= hi) & (residue == self.residue(k_pos))
     if self.offsets is not None:
-      seen = seen & (residue == offset)
+      seen = seen & (residue == own)
+    if self.columns is not None:
+      seen = seen & self.in_columns(k_pos, own)
     return seen
 
 

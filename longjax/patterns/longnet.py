@@ -1,4 +1,5 @@
-"""LongNet's dilated attention (arXiv 2307.02486, sections 2.2 and 2.3)."""
+"""LongNet's dilated attention (arXiv 2307.02486, sections 2.2 and 2.3), and
+how it is evaluated beyond the length it was trained at."""
 
 import dataclasses
 import math
@@ -6,6 +7,7 @@ import math
 import numpy as np
 
 from longjax.patterns.base import Branch, Pattern, as_positions, check_integer
+from longjax.patterns.longformer import Full
 
 _OFFSETS = ('paper', 'torchscale')
 
@@ -95,3 +97,71 @@ class Dilated(Pattern):
   def reach(self):
     furthest = max(self.segment_lengths) - 1
     return (furthest, 0 if self.causal else furthest)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockwiseCausal(Pattern):
+  """A causal pattern, of which only the query's block and the last are seen.
+
+  Blockwise causal attention (arXiv 2212.10554), with which LongNet and its
+  baselines are evaluated beyond the length l that they were trained at:
+  positions are cut into blocks of l / 2, and a query sees its own block, up to
+  itself, and the block before it. No distance reaches l.
+
+  A `Dilated` pattern stays as it is where each of its segments divides l / 2 or
+  is l long: it never shows what lies further back.
+
+  Attributes:
+    block: l / 2 >= 1.
+    pattern: what the model was trained with.
+  """
+
+  block: int
+  pattern: Pattern = Full()
+
+  def __post_init__(self):
+    check_integer('BlockwiseCausal block', self.block, 1)
+    if not isinstance(self.pattern, Pattern) or not self.pattern.causal:
+      raise ValueError(
+        f'BlockwiseCausal is for causal patterns, got {self.pattern!r}'
+      )
+
+  @property
+  def causal(self) -> bool:
+    return True
+
+  @property
+  def detached(self) -> bool:
+    return self.pattern.detached
+
+  @property
+  def far_distance(self):
+    return self.pattern.far_distance
+
+  def check_heads(self, num_heads):
+    self.pattern.check_heads(num_heads)
+
+  def multiplicity(self, q_pos, k_pos, head, num_heads):
+    q_pos, k_pos = as_positions(q_pos), as_positions(k_pos)
+    near = k_pos // self.block >= q_pos // self.block - 1
+    return near * self.pattern.multiplicity(q_pos, k_pos, head, num_heads)
+
+  def distance(self, q_pos, k_pos):
+    return self.pattern.distance(q_pos, k_pos)
+
+  def branches(self, num_heads):
+    return tuple(
+      branch
+      if self._within_reach(branch)
+      else dataclasses.replace(branch, block=self.block)
+      for branch in self.pattern.branches(num_heads)
+    )
+
+  def _within_reach(self, branch) -> bool:
+    """Whether the branch sees no key that lies further back anyway."""
+    inside = not self.block % branch.segment or branch.segment == 2 * self.block
+    return inside and not branch.earlier
+
+  def reach(self):
+    left, right = self.pattern.reach()
+    return (min(left, 2 * self.block - 1), right)

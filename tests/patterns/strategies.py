@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from longjax import (
   AttentionSinks,
+  BlockwiseCausal,
   Dilated,
   DistanceCeiling,
+  FixedSparse,
   Full,
   Lambda,
   SelfExtend,
@@ -41,8 +43,21 @@ def dilated(draw):
   )
 
 
+@st.composite
+def fixed_sparse(draw):
+  block = draw(st.integers(1, 20))
+  return FixedSparse(block, draw(st.integers(1, block)))
+
+
 def patterns(num_heads: int):
   """Any pattern that can serve `num_heads` heads."""
+  whole = _patterns(num_heads)
+  causal = whole.filter(lambda pattern: pattern.causal)
+  blocks = st.integers(1, 45)
+  return st.one_of(whole, st.builds(BlockwiseCausal, blocks, causal))
+
+
+def _patterns(num_heads):
   small = st.integers(1, 45)
   return st.one_of(
     sliding_windows(num_heads),
@@ -52,4 +67,5 @@ def patterns(num_heads: int):
     st.builds(AttentionSinks, small, st.integers(0, 45)),
     st.builds(SelfExtend, small, st.integers(1, 9)),
     st.builds(Full, st.booleans()),
+    fixed_sparse(),
   )

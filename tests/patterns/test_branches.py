@@ -29,6 +29,9 @@ EXAMPLES = [
   longjax.AttentionSinks(8, 3),
   longjax.SelfExtend(8, 3),
   longjax.Full(causal=False),
+  longjax.FixedSparse(8, 3),
+  longjax.BlockwiseCausal(5),
+  longjax.BlockwiseCausal(6, longjax.Dilated((8, 16), (2, 4))),
 ]
 
 
@@ -40,8 +43,9 @@ def sum_of_branches(pattern, q_pos, k_pos, num_heads):
     heads = range(num_heads) if branch.heads is None else branch.heads
     assert branch.offsets is None or len(branch.offsets) == len(heads)
     for number, head in enumerate(heads):
-      offset = branch.offsets[number] if branch.offsets else None
-      seen = branch.sees(q_pos[:, None], k_pos, offset)
+      own = branch.offsets or branch.columns
+      own = own[number] if own else None
+      seen = branch.sees(q_pos[:, None], k_pos, own)
       total[head] += seen
       d = branch.distance
       far = d.queries(q_pos)[:, None] - d.keys(k_pos)
@@ -124,6 +128,9 @@ def test_bounds_of_a_branch_never_go_back(data):
     (longjax.SelfExtend(10, 4), (np.inf, 0)),
     (longjax.Full(), (np.inf, 0)),
     (longjax.Full(causal=False), (np.inf, np.inf)),
+    (longjax.FixedSparse(8, 3), (np.inf, 0)),
+    (longjax.BlockwiseCausal(6), (11, 0)),
+    (longjax.BlockwiseCausal(6, longjax.SlidingWindow(4)), (4, 0)),
   ],
 )
 def test_reach(pattern, reach):

@@ -89,13 +89,18 @@ def _check(call):
     )
   offsets = [y for y in (where.q_offset, where.k_offset) if y is not None]
   for branch in call.pattern.branches(call.q.shape[2]):
-    restarts = branch.segment != math.inf or branch.start != math.inf
-    if where.q_doc is not None and restarts:
+    if branch.earlier or branch.columns is not None:
+      refuse(
+        f'{call.pattern}: the keys of earlier segments that a query sees are '
+        f'no band around it'
+      )
+    divided = min(branch.segment, branch.block) < math.inf
+    if where.q_doc is not None and (divided or branch.start != math.inf):
       refuse(
         f'segment_ids with {call.pattern}: where its segments or start keys '
         f'lie in each document depends on the data'
       )
-    if branch.segment != math.inf and offsets:
+    if divided and offsets:
       refuse(
         f'q_positions or kv_positions with {call.pattern}: segments start '
         f'where the positions say, which is known only for a plain 0'
@@ -105,10 +110,12 @@ def _check(call):
         f'positions of each batch row with dilation {branch.stride}: each row '
         f'would have residue classes of its own'
       )
-    if branch.start != math.inf and (
+    if branch.start != math.inf and (branch.stride > 1 or divided):
+      refuse(f'start keys of a dilated or segmented branch: {branch}')
+    if branch.block != math.inf and (
       branch.stride > 1 or branch.segment < math.inf
     ):
-      refuse(f'start keys of a dilated or segmented branch: {branch}')
+      refuse(f'blocks of a dilated or segmented branch: {branch}')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

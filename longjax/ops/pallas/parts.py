@@ -8,6 +8,7 @@ back. Branches differ only in how the sequence is addressed:
   dilation d                the same, in d residue classes
   LongNet's (w, r)          one sequence a segment, in r residue classes, of
                             which every head walks its own
+  a block and the last      one sequence a block, with the keys of two
   few queries, many keys    one sequence a piece of the keys
 
 All of it is reshapes, and padding where a length does not divide. Start keys
@@ -50,7 +51,7 @@ def parts_of(kernels, static, x, auxiliary) -> tuple[list['Part'], bool]:
 
 def _is_plain(branch, num_heads):
   every = branch.heads is None or len(branch.heads) == num_heads
-  whole = branch.start == branch.segment == math.inf
+  whole = branch.start == branch.segment == branch.block == math.inf
   return every and whole and branch.stride == 1
 
 
@@ -152,6 +153,11 @@ class Part:
     if branch.segment < max(self.num_queries, self.num_keys):
       self.segments = -(-self.num_queries // branch.segment)
       self.queries = self.keys = branch.segment
+    # Whether a sequence has the keys of the one before it, too.
+    self.twice = branch.block < max(self.num_queries, self.num_keys)
+    if self.twice:
+      self.segments = -(-self.num_queries // branch.block)
+      self.queries, self.keys = branch.block, 2 * branch.block
     self.pieces = self._pieces(kernels)
     self._moving = where.q_offset is not None or where.k_offset is not None
     self._by_id = where.q_doc is not None or self._ragged()
@@ -172,7 +178,8 @@ class Part:
     """Into how many pieces the keys are cut, so that no core stands idle."""
     branch, prefix = self.branch, self.start or self.own_globals
     bounded = max(branch.left, branch.right) != math.inf
-    if bounded or prefix or self.segments > 1 or self.residues > 1:
+    divided = self.segments > 1 or self.twice
+    if bounded or prefix or divided or self.residues > 1:
       return 1
     programs = self.batch * len(self.heads) * -(-self.num_queries // _TILE)
     most = self.num_keys // kernels.piece
@@ -212,6 +219,14 @@ class Part:
     if self.pieces > 1:
       y = _fit(y, self.pieces * self._piece, fill)
       return y.reshape(-1, self._piece, 1, *y.shape[2:])
+    if self.twice:
+      y = self._sequences(y, self.queries, fill)
+      y = y.reshape(self.batch, self.segments, *y.shape[1:])
+      before = jnp.full_like(y[:, :1], fill)
+      y = jnp.concatenate(
+        [jnp.concatenate([before, y[:, :-1]], axis=1), y], axis=2
+      )
+      return y.reshape(-1, *y.shape[2:])
     if not isinstance(lead, int):
       room = self.num_keys + self.residues - 1
       empty = jnp.full((y.shape[0], room, *y.shape[2:]), fill, y.dtype)
@@ -305,8 +320,12 @@ class Part:
     if branch.start != math.inf:
       end = jnp.minimum(end, branch.start - k_offset)
     q_first = k_first = 0
-    if self.segments > 1:
-      q_first = k_first = part * self.keys
+    if self.segments > 1 or self.twice:
+      q_first = k_first = part * self.queries
+      if self.twice:
+        shift = self.queries
+        k_first = q_first - shift
+        begin = jnp.where(part == 0, shift, 0)
       end = jnp.clip(self.num_keys - k_first, 0, self.keys)
       end = -(-end // self.residues)
     if self.pieces > 1:
