@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longjax.nn.cache import LayerCache, init_layer_cache
+from longjax.nn.dilated_cache import DilatedCache
 from longjax.nn.embedding import RelativeEmbedding, check_rate, distances
 from longjax.ops.attention import attention
-from longjax.ops.merge import merge
-from longjax.ops.middle import MiddleKeys, attend_middle
+from longjax.ops.middle import MiddleKeys
 from longjax.patterns import Pattern
 from longjax.positions import ALiBi, Position, RoPE, TransformerXL, XPos
 
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
     segment_ids=None,
     positions=0,
     dropout_key=None,
-    cache: LayerCache | None = None,
+    cache: LayerCache | DilatedCache | None = None,
   ):
     """Attends within x [batch, length, features].
 
@@ -197,25 +197,15 @@ class Attention(nnx.Module):
         implementation=self.implementation,
       )
       return self.output(out.reshape(batch, length, -1))
-    new_cache, k, v, kv_positions = cache.extend(k, v, positions)
-    position = self._position(relative, cache)
-    out, lse = attention(
+    out, new_cache = cache.attend(
       q,
       k,
       v,
-      self.pattern,
-      position=position,
-      q_positions=positions,
-      kv_positions=kv_positions,
+      positions,
+      pattern=self.pattern,
+      position=self._position(relative, cache),
       implementation=self.implementation,
-      return_lse=True,
     )
-    if cache.middle is not None and length == 1:
-      more = attend_middle(
-        q, k, v, positions, kv_positions, self.pattern, cache.middle, position
-      )
-      out, _ = merge([(out.astype(jnp.float32), lse), more])
-      out = out.astype(self.dtype)
     return self.output(out.reshape(batch, length, -1)), new_cache
 
   def init_cache(
@@ -224,7 +214,7 @@ class Attention(nnx.Module):
     max_length: int | None = None,
     relative: RelativeEmbedding | None = None,
     middle: MiddleKeys | None = None,
-  ) -> LayerCache:
+  ) -> LayerCache | DilatedCache:
     """An empty cache; see `longjax.nn.cache`.
 
     Args:

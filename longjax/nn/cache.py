@@ -11,8 +11,10 @@ the order of the slots does not matter.
 |---|---|---|
 | SlidingWindow(left, dilation=d) | 0 | left * max(d) + 1 |
 | Lambda(window, start) | start | window |
-| Dilated(segment_lengths, ...) | 0 | max(segment_lengths) |
 | Full, SelfExtend, an unbounded window | 0 | `max_length` |
+
+`Dilated` has caches of its own, thinned as its keys are: `dilated_cache`. They
+serve as many positions as a ring of max(segment_lengths) would.
 
 A layer with `MiddleKeys` keeps `max_length` positions as well: any earlier key
 may be chosen.
@@ -29,8 +31,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from longjax.ops.middle import MiddleKeys
-from longjax.patterns import Lambda, Pattern
+from longjax.nn.dilated_cache import DilatedCache, init_dilated_cache
+from longjax.ops.attention import attention
+from longjax.ops.merge import merge
+from longjax.ops.middle import MiddleKeys, attend_middle
+from longjax.patterns import Dilated, Lambda, Pattern
 
 
 @functools.partial(
@@ -107,6 +112,37 @@ class LayerCache:
       jnp.concatenate([self.positions, positions], 1),
     )
 
+  def attend(self, q, k, v, positions, *, pattern, position, implementation):
+    """Appends a chunk, whose queries see it and what is still in the cache.
+
+    Args:
+      q: [batch, T, heads, head_dim]; k, v: [batch, T, kv_heads, head_dim].
+      positions: int32 [batch, T], consecutive but for padding (negative).
+      pattern, position, implementation: of `longjax.attention`.
+
+    Returns:
+      (out [batch, T, heads, head_dim], new cache).
+    """
+    cache, k, v, kv_positions = self.extend(k, v, positions)
+    out, lse = attention(
+      q,
+      k,
+      v,
+      pattern,
+      position=position,
+      q_positions=positions,
+      kv_positions=kv_positions,
+      implementation=implementation,
+      return_lse=True,
+    )
+    if self.middle is not None and q.shape[1] == 1:
+      more = attend_middle(
+        q, k, v, positions, kv_positions, pattern, self.middle, position
+      )
+      out, _ = merge([(out.astype(jnp.float32), lse), more])
+      out = out.astype(q.dtype)
+    return out, cache
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -118,12 +154,12 @@ class Cache:
   """The cache of a decoder.
 
   Attributes:
-    layers: one `LayerCache` per layer.
+    layers: one `LayerCache` or `DilatedCache` per layer.
     lengths: int32 [batch], how many tokens each row has seen.
     limit: how many tokens a row may have; None for no limit.
   """
 
-  layers: tuple[LayerCache, ...]
+  layers: tuple[LayerCache | DilatedCache, ...]
   lengths: jax.Array
   limit: int | None
 
@@ -210,9 +246,20 @@ def init_layer_cache(
   relative: jax.Array | None = None,
   middle: MiddleKeys | None = None,
   dtype=jnp.float32,
-) -> LayerCache:
+) -> LayerCache | DilatedCache:
   """An empty cache for one layer."""
   start, ring, _ = layout(pattern, num_heads, max_length, middle)
+  if isinstance(pattern, Dilated):
+    return init_dilated_cache(
+      pattern,
+      batch_size=batch_size,
+      num_heads=num_heads,
+      num_kv_heads=num_kv_heads,
+      head_dim=head_dim,
+      max_length=max_length,
+      relative=relative,
+      dtype=dtype,
+    )
   shape = (batch_size, start + ring, num_kv_heads, head_dim)
   return LayerCache(
     keys=jnp.zeros(shape, dtype),

@@ -395,7 +395,8 @@ class BranchTask(_Task):
     first = self.position.min_distance
     last = first + self.position.r.shape[0] - 1
     left, right = (
-      side * self.stride for side in (self.branch.left, self.branch.right)
+      min(side * self.stride, self.branch.segment - 1)
+      for side in (self.branch.left, self.branch.right)
     )
     if where.q_offset is None and where.k_offset is None:
       left = min(left, self.num_queries - 1)

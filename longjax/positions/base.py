@@ -28,6 +28,11 @@ class Position:
     del distance
     return scale * inner(q, k)
 
+  def of_heads(self, heads: Int[Array, 'N'], num_heads: int) -> 'Position':
+    """The scheme for some of the `num_heads` heads, in the order given."""
+    del heads, num_heads
+    return self
+
   def rotate(
     self, x: Float[Array, '... D'], positions: Int[Array, '...']
   ) -> Float[Array, '... D']:

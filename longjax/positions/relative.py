@@ -50,6 +50,9 @@ class ALiBi(Position):
       return jnp.asarray(alibi_slopes(num_heads))
     return jnp.asarray(self.slopes, jnp.float32)
 
+  def of_heads(self, heads, num_heads):
+    return ALiBi(self.head_slopes(num_heads)[heads])
+
   def logits(self, q, k, distance, scale):
     slopes = self.head_slopes(q.shape[1])[None, :, None]
     return scale * inner(q, k) - slopes * jnp.abs(distance)[:, None]
@@ -89,6 +92,11 @@ class TransformerXL(Position):
           f'TransformerXL {name} has shape {shape}, but it must end in {heads} '
           f'(heads, head size), after the number of distances for r'
         )
+
+  def of_heads(self, heads, num_heads):
+    del num_heads
+    u, v, r = self.u[heads], self.v[heads], self.r[:, heads]
+    return TransformerXL(u, v, r, self.min_distance)
 
   def logits(self, q, k, distance, scale):
     u, v, r = (jnp.asarray(x, q.dtype) for x in (self.u, self.v, self.r))
