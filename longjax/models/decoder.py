@@ -19,7 +19,12 @@ from longjax.nn.embedding import (
   relative_embedding,
   token_positions,
 )
-from longjax.nn.transformer import Block, make_norm
+from longjax.nn.transformer import (
+  Block,
+  make_norm,
+  per_layer,
+  sub_norm_inits,
+)
 from longjax.ops.middle import MiddleKeys
 from longjax.patterns import Pattern
 from longjax.positions import sinusoidal
@@ -53,6 +58,7 @@ class DecoderLM(nnx.Module):
     norm_epsilon: float | None = None,
     norm_bias: bool = True,
     norm_scale_std: float = 0.0,
+    sub_norm: bool = False,
     final_norm: bool = True,
     parallel: bool = False,
     qk_norm: bool = False,
@@ -71,7 +77,7 @@ class DecoderLM(nnx.Module):
     implementation: str | None = None,
     rngs: nnx.Rngs,
   ):
-    """Weights start as N(0, 0.02), biases as 0.
+    """Weights start as N(0, 0.02) (but see `sub_norm`), biases as 0.
 
     Args:
       vocab_size, num_layers, features, num_heads: sizes.
@@ -89,6 +95,9 @@ class DecoderLM(nnx.Module):
       norm, norm_epsilon, norm_bias: 'layer' (epsilon 1e-5 by default) or 'rms'
         (1e-6, no bias).
       norm_scale_std: norm scales start as N(1, norm_scale_std).
+      sub_norm: MAGNETO's: norms also before the output projections of attention
+        and MLP, Xavier initial weights, which values, outputs and the MLP have
+        times sqrt(ln(2 num_layers)), and an embedding of N(0, 1 / features).
       final_norm: a norm after the last block.
       parallel: attention and MLP of a block read one norm side by side, as in
         GPT-J.
@@ -133,7 +142,7 @@ class DecoderLM(nnx.Module):
     self.vocab_size = vocab_size
     self.num_heads = num_heads
     self.features = features
-    self.patterns = _per_layer('patterns', patterns, num_layers)
+    self.patterns = per_layer('patterns', patterns, num_layers)
     for layer, pattern in enumerate(self.patterns):
       if not isinstance(pattern, Pattern):
         raise ValueError(
@@ -148,7 +157,7 @@ class DecoderLM(nnx.Module):
     self.absolute = None
     if isinstance(position, str) and position in ABSOLUTE_POSITIONS:
       self.absolute, position = position, None
-    layer_positions = _per_layer('position', position, num_layers)
+    layer_positions = per_layer('position', position, num_layers)
     self.max_positions = max_positions
     self.scale_embedding = scale_embedding
     self.logit_soft_cap = logit_soft_cap
@@ -156,7 +165,10 @@ class DecoderLM(nnx.Module):
     self.remat = remat
     self.dtype = jnp.dtype(dtype)
 
-    init = nnx.initializers.normal(INIT_STD)
+    init = kernel_init = value_init = nnx.initializers.normal(INIT_STD)
+    if sub_norm:
+      init = nnx.initializers.normal(features**-0.5)
+      kernel_init, value_init = sub_norm_inits(num_layers)
     make_table = functools.partial(
       nnx.Embed,
       features=features,
@@ -181,6 +193,7 @@ class DecoderLM(nnx.Module):
         norm_epsilon=norm_epsilon,
         norm_bias=norm_bias,
         norm_scale_std=norm_scale_std,
+        sub_norm=sub_norm,
         parallel=parallel,
         mlp=mlp,
         qk_norm=qk_norm,
@@ -188,8 +201,11 @@ class DecoderLM(nnx.Module):
         mlp_bias=mlp_bias,
         dropout_rate=dropout_rate,
         attention_dropout_rate=attention_dropout_rate,
-        kernel_init=init,
-        output_init=nnx.initializers.zeros if zero_init_outputs else init,
+        kernel_init=kernel_init,
+        value_init=value_init,
+        output_init=(
+          nnx.initializers.zeros if zero_init_outputs else value_init
+        ),
         dtype=self.dtype,
         param_dtype=param_dtype,
         implementation=implementation,
@@ -428,18 +444,6 @@ class DecoderLM(nnx.Module):
     if self.logit_soft_cap is not None:
       logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
     return logits
-
-
-def _per_layer(name, value, num_layers) -> tuple:
-  """One value for all layers, or one per layer, as a tuple."""
-  if not isinstance(value, Sequence) or isinstance(value, str):
-    return (value,) * num_layers
-  if len(value) != num_layers:
-    raise ValueError(
-      f'{name} has {len(value)} entries for num_layers={num_layers}: give one '
-      'for all layers, or one per layer'
-    )
-  return tuple(value)
 
 
 def char_lm_small(**overrides) -> dict:

@@ -58,8 +58,10 @@ class Attention(nnx.Module):
     head_dim: int | None = None,
     use_bias: bool = False,
     qk_norm: bool = False,
+    inner_norm: nnx.Module | None = None,
     dropout_rate: float = 0.0,
     kernel_init=NORMAL_INIT,
+    value_init=None,
     output_init=None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
@@ -70,8 +72,10 @@ class Attention(nnx.Module):
 
     position: None, 'rope', 'xpos', 'alibi', 'transformer_xl', or a scheme.
     head_dim: features // num_heads by default.
+    inner_norm: of the heads' results side by side, before the output
+      projection.
     dropout_rate: of the attention weights.
-    output_init: initializer of the output projection, if another.
+    value_init, output_init: initializers of these projections, if others.
     dtype: of the activations.
     implementation: passed to `longjax.attention`.
 
@@ -118,7 +122,8 @@ class Attention(nnx.Module):
     width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
     self.query = linear(features, width)
     self.key = linear(features, kv_width)
-    self.value = linear(features, kv_width)
+    self.value = linear(features, kv_width, value_init or kernel_init)
+    self.inner_norm = inner_norm
     self.output = linear(width, features, output_init or kernel_init)
     if self.position == TRANSFORMER_XL:
       self.relative = linear(features, width, bias=False)
@@ -196,7 +201,7 @@ class Attention(nnx.Module):
         dropout_key=dropout_key,
         implementation=self.implementation,
       )
-      return self.output(out.reshape(batch, length, -1))
+      return self._output(out)
     out, new_cache = cache.attend(
       q,
       k,
@@ -206,7 +211,14 @@ class Attention(nnx.Module):
       position=self._position(relative, cache),
       implementation=self.implementation,
     )
-    return self.output(out.reshape(batch, length, -1)), new_cache
+    return self._output(out), new_cache
+
+  def _output(self, out):
+    """[batch, length, heads, head_dim] -> [batch, length, features]."""
+    out = out.reshape(*out.shape[:2], -1)
+    if self.inner_norm is not None:
+      out = self.inner_norm(out).astype(self.dtype)
+    return self.output(out)
 
   def init_cache(
     self,

@@ -1,5 +1,8 @@
 """Transformer blocks: pre-norm, attention and a two-layer perceptron."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -77,8 +80,39 @@ def make_norm(
   )
 
 
+def sub_norm_inits(num_layers: int) -> tuple:
+  """MAGNETO's initializers for a stack of layers (arXiv 2210.06423, figure 2).
+
+  Xavier's normal distribution, N(0, 2 / (inputs + outputs)), and the same times
+  sqrt(ln(2 M)) for M layers, of an encoder or a decoder by itself.
+
+  Returns:
+    (that of queries and keys, that of values, outputs and the MLP).
+  """
+  return tuple(
+    nnx.initializers.variance_scaling(gain_squared, 'fan_avg', 'normal')
+    for gain_squared in (1.0, math.log(2 * num_layers))
+  )
+
+
+def per_layer(name, value, num_layers) -> tuple:
+  """One value for all layers, or one per layer, as a tuple."""
+  if not isinstance(value, Sequence) or isinstance(value, str):
+    return (value,) * num_layers
+  if len(value) != num_layers:
+    raise ValueError(
+      f'{name} has {len(value)} entries for num_layers={num_layers}: give one '
+      'for all layers, or one per layer'
+    )
+  return tuple(value)
+
+
 class MLP(nnx.Module):
-  """down(dropout(activation(up(x)))), gated for 'swiglu' and 'geglu'."""
+  """down(norm(dropout(activation(up(x))))), gated for 'swiglu' and 'geglu'.
+
+  The norm is there if given; the activation before it is float32, whatever the
+  dtype of the rest.
+  """
 
   def __init__(
     self,
@@ -87,6 +121,7 @@ class MLP(nnx.Module):
     *,
     mlp: str = 'gelu',
     use_bias: bool = False,
+    inner_norm: nnx.Module | None = None,
     dropout_rate: float = 0.0,
     kernel_init=NORMAL_INIT,
     output_init=None,
@@ -113,23 +148,34 @@ class MLP(nnx.Module):
 
     self.up = linear(features, hidden, kernel_init)
     self.gate = linear(features, hidden, kernel_init) if MLPS[mlp][1] else None
+    self.inner_norm = inner_norm
     self.down = linear(hidden, features, output_init or kernel_init)
 
   def __call__(self, x, dropout_key=None):
     """[..., features] -> [..., features]; dropout after the activation."""
     activation, _ = MLPS[self.mlp]
-    if self.gate is None:
-      hidden = activation(self.up(x))
+    hidden, gate = self.up(x), None if self.gate is None else self.gate(x)
+    dtype = hidden.dtype
+    if self.inner_norm is not None:
+      hidden, gate = (
+        None if y is None else y.astype(jnp.float32) for y in (hidden, gate)
+      )
+    if gate is None:
+      hidden = activation(hidden)
     else:
-      hidden = activation(self.gate(x)) * self.up(x)
-    return self.down(dropout(hidden, self.dropout_rate, dropout_key))
+      hidden = activation(gate) * hidden
+    hidden = dropout(hidden, self.dropout_rate, dropout_key)
+    if self.inner_norm is not None:
+      hidden = self.inner_norm(hidden).astype(dtype)
+    return self.down(hidden)
 
 
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), dropout on both sums.
 
   With `parallel`, x + attention(norm(x)) + mlp(norm(x)) with one norm for both
-  (GPT-J).
+  (GPT-J). With `sub_norm`, another norm inside of each, before its output
+  projection (MAGNETO, arXiv 2210.06423).
   """
 
   def __init__(
@@ -146,6 +192,7 @@ class Block(nnx.Module):
     norm_epsilon: float | None = None,
     norm_bias: bool = True,
     norm_scale_std: float = 0.0,
+    sub_norm: bool = False,
     parallel: bool = False,
     mlp: str = 'gelu',
     qk_norm: bool = False,
@@ -154,19 +201,27 @@ class Block(nnx.Module):
     dropout_rate: float = 0.0,
     attention_dropout_rate: float = 0.0,
     kernel_init=NORMAL_INIT,
+    value_init=None,
     output_init=None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     implementation: str | None = None,
     rngs: nnx.Rngs,
   ):
+    """Args are those of `Attention`, `MLP` and `make_norm`, besides:
+
+    mlp_features: 4 * features by default.
+    value_init: initializer of the value projection and of the MLP's first one,
+      if another.
+    """
     self.dtype = jnp.dtype(dtype)
     self.dropout_rate = dropout_rate
+    mlp_features = 4 * features if mlp_features is None else mlp_features
 
-    def make_own_norm():
+    def make_own_norm(width=features):
       return make_norm(
         norm,
-        features,
+        width,
         epsilon=norm_epsilon,
         use_bias=norm_bias,
         scale_std=norm_scale_std,
@@ -176,8 +231,9 @@ class Block(nnx.Module):
 
     self.attention_norm = make_own_norm()
     self.mlp_norm = None if parallel else make_own_norm()
+    # Sizes that do not divide are refused by Attention.
+    heads_width = num_heads * (head_dim or features // num_heads)
     shared = dict(
-      kernel_init=kernel_init,
       output_init=output_init,
       dtype=self.dtype,
       param_dtype=param_dtype,
@@ -192,16 +248,21 @@ class Block(nnx.Module):
       head_dim=head_dim,
       use_bias=attention_bias,
       qk_norm=qk_norm,
+      inner_norm=make_own_norm(heads_width) if sub_norm else None,
       dropout_rate=attention_dropout_rate,
+      kernel_init=kernel_init,
+      value_init=value_init,
       implementation=implementation,
       **shared,
     )
     self.mlp = MLP(
       features,
-      4 * features if mlp_features is None else mlp_features,
+      mlp_features,
       mlp=mlp,
       use_bias=mlp_bias,
+      inner_norm=make_own_norm(mlp_features) if sub_norm else None,
       dropout_rate=dropout_rate,
+      kernel_init=value_init or kernel_init,
       **shared,
     )
 
