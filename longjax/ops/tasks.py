@@ -149,9 +149,8 @@ class _Task:
       # must not span more positions than may lie between a query and a key
       # ahead of it. A segment's border may double the stride.
       scattered = not static.contiguous or isinstance(view, views.Compact)
-      span_limit = (
-        1 if scattered else xpos.furthest_ahead() // (2 * self.stride)
-      )
+      step = 2 * self.stride * self.distance.step
+      span_limit = 1 if scattered else xpos.furthest_ahead() // step
       largest = max(1, min(largest, span_limit))
     # Blocks of one size, so that little of the last one is padding.
     count = -(-view.num_rows // largest)

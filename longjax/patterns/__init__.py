@@ -7,6 +7,7 @@ from longjax.patterns.base import (
   CappedDistance,
   GroupedDistance,
   Pattern,
+  StridedDistance,
   TrueDistance,
 )
 from longjax.patterns.lm_infinite import (
@@ -35,5 +36,6 @@ __all__ = [
   'Pattern',
   'SelfExtend',
   'SlidingWindow',
+  'StridedDistance',
   'TrueDistance',
 ]

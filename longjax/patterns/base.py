@@ -53,6 +53,7 @@ class TrueDistance:
   """Positions are told as they are: distance = query - key."""
 
   affine = True
+  step = 1  # What is told of neighbours differs by so much at most.
 
   def largest(self, span):
     """The largest distance told of pairs that are at most `span` apart."""
@@ -74,6 +75,7 @@ class CappedDistance:
 
   cap: int
   affine = False
+  step = 1
 
   def largest(self, span):
     return min(self.cap, span)
@@ -95,6 +97,7 @@ class CacheDistance:
 
   cache: int
   affine = False
+  step = 1
 
   def largest(self, span):
     return min(self.cache - 1, span)
@@ -114,6 +117,7 @@ class GroupedDistance:
   group: int
   window: int
   affine = False
+  step = 1
 
   def largest(self, span):
     # Of two pairs as far apart, rounding may tell one a distance more.
@@ -126,6 +130,31 @@ class GroupedDistance:
     return positions // self.group
 
 
+@dataclasses.dataclass(frozen=True)
+class StridedDistance:
+  """Rows are numbered `step` positions apart: what is left of a sequence once
+  it is thinned, as devices exchange it."""
+
+  step: int
+  affine = False
+
+  def largest(self, span):
+    return self.step * span
+
+  def queries(self, positions):
+    return positions * self.step
+
+  def keys(self, positions):
+    return positions * self.step
+
+
+Distance = (
+  TrueDistance
+  | CappedDistance
+  | CacheDistance
+  | GroupedDistance
+  | StridedDistance
+)
 TRUE_DISTANCE = TrueDistance()
 
 
@@ -172,9 +201,7 @@ class Branch:
   columns: tuple[int, ...] | None = None
   width: int = 0
   heads: tuple[int, ...] | None = None
-  distance: TrueDistance | CappedDistance | CacheDistance | GroupedDistance = (
-    TRUE_DISTANCE
-  )
+  distance: Distance = TRUE_DISTANCE
 
   def bounds(self, q_pos):
     """Inclusive bounds (lo, hi) of the key positions in the interval."""
