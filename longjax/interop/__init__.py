@@ -1,6 +1,9 @@
 """Pretrained models of other projects, in and out; no PyTorch needed."""
 
+from longjax.interop.led import config_of_led
 from longjax.interop.llama2c import load_llama2c
+from longjax.interop.longer import lengthen, to_led, to_longformer
+from longjax.interop.longformer import config_of_longformer
 from longjax.interop.pretrained import (
   config_of,
   load_pretrained,
@@ -11,9 +14,14 @@ from longjax.interop.tokenizers import load_tokenizer
 
 __all__ = [
   'config_of',
+  'config_of_led',
+  'config_of_longformer',
+  'lengthen',
   'load_llama2c',
   'load_pretrained',
   'load_tokenizer',
   'read_config',
   'save_pretrained',
+  'to_led',
+  'to_longformer',
 ]

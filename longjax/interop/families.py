@@ -74,7 +74,7 @@ class UnsupportedConfig(ValueError):
   """A config.json that asks for what longjax does not have."""
 
 
-def _refuse_unless(config: Config, allowed: Mapping[str, tuple]):
+def refuse_unless(config: Config, allowed: Mapping[str, tuple]):
   """Raises for a setting that is not one of those allowed (first: default)."""
   for name, values in allowed.items():
     value = config.get(name, values[0])
@@ -157,7 +157,7 @@ def _rope_parameters(rope) -> dict:
 
 
 def _read_llama(config: Config):
-  _refuse_unless(
+  refuse_unless(
     config, {'hidden_act': ('silu', 'swish'), 'pretraining_tp': (1,)}
   )
   base, scaling = _rope(config)
@@ -299,7 +299,7 @@ GPTJ_MODULES = {
 
 
 def _read_mpt(config: Config):
-  _refuse_unless(
+  refuse_unless(
     config,
     {
       'no_bias': (True,),
@@ -309,7 +309,7 @@ def _read_mpt(config: Config):
     },
   )
   # What the class of the config has, attention's own settings nested.
-  _refuse_unless(
+  refuse_unless(
     config.get('attn_config') or {},
     {
       'alibi': (True,),

@@ -1,5 +1,6 @@
 """Pretrained decoders from folders in Hugging Face's format, and back."""
 
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,17 @@ from longjax.positions import ALiBi, RoPE
 CONFIG = 'config.json'
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_FILE_BYTES = 5 * 2**30
+
+# Modules that know the models that are no decoders, by model_type.
+OTHERS = {
+  'bart': 'longjax.interop.led',
+  'gigapath': 'longjax.interop.torchscale',
+  'led': 'longjax.interop.led',
+  'longformer': 'longjax.interop.longformer',
+  'longnet_decoder': 'longjax.interop.torchscale',
+  'longnet_encoder': 'longjax.interop.torchscale',
+  'roberta': 'longjax.interop.longformer',
+}
 
 Sharding = jax.sharding.Sharding | Callable[[tuple, tuple], object] | None
 
@@ -45,11 +57,20 @@ def read_config(folder: str | os.PathLike) -> dict:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
+def _other(config):
+  """The module of a model that is no decoder; None for decoders."""
+  model_type = config.get('model_type')
+  if model_type is None and 'attention_window' in config:
+    model_type = 'roberta'  # as Longformer's first release has it
+  name = OTHERS.get(model_type)
+  return None if name is None else importlib.import_module(name)
+
+
 def _family(config):
   model_type = config.get('model_type')
   if model_type not in FAMILIES:
     raise UnsupportedConfig(
-      f'model_type {model_type!r} is not one of {sorted(FAMILIES)}'
+      f'model_type {model_type!r} is not one of {sorted([*FAMILIES, *OTHERS])}'
     )
   return FAMILIES[model_type]
 
@@ -70,11 +91,12 @@ def load_pretrained(
   dtype=None,
   sharding: Sharding = None,
   **overrides,
-) -> DecoderLM:
-  """A decoder with the weights of a folder in Hugging Face's format.
+) -> nnx.Module:
+  """A model with the weights of a folder in Hugging Face's format.
 
   The folder holds config.json and safetensors, in one file or several with an
-  index. LLaMA (1, 2, 3), Mistral, GPT-J and MPT are known. Files are mapped
+  index. LLaMA (1, 2, 3), Mistral, GPT-J and MPT are known, which become a
+  `DecoderLM`, and what `longjax.interop.longformer` reads. Files are mapped
   into memory, and each tensor goes to its device as it is read.
 
   LM-Infinite is one argument, no weight changes:
@@ -87,7 +109,7 @@ def load_pretrained(
     dtype: of parameters and activations; None for the config's.
     sharding: of every parameter, or a function of (path, shape) that returns
       one for each; None for the default device.
-    **overrides: further keywords of `DecoderLM` (implementation, remat, ...).
+    **overrides: further keywords of the model (implementation, remat, ...).
 
   Raises:
     FileNotFoundError: config, weights, or one of several files is missing.
@@ -97,6 +119,15 @@ def load_pretrained(
       each named.
   """
   config = read_config(folder)
+  if (other := _other(config)) is not None:
+    return other.load(
+      folder,
+      config,
+      patterns=patterns,
+      dtype=_dtype(dtype, config),
+      sharding=sharding,
+      **overrides,
+    )
   family = _family(config)
   keywords, pattern = family.read(config)
   dtype = _dtype(dtype, config)
@@ -105,22 +136,20 @@ def load_pretrained(
   with weights.Tensors(folder) as tensors:
 
     def read(path, shape):
-      return _read(tensors, family.tensor(path), shape)
+      return read_tensor(tensors, family.tensor(path), shape)
 
     graphdef, abstract = abstract_model(keywords)
     parameters = nnx.to_flat_state(abstract)
-    _check(tensors, family, parameters)
+    check_tensors(tensors, family, parameters)
     return fill(graphdef, abstract, read, dtype, sharding)
 
 
-def abstract_model(keywords):
-  """(graphdef, state of shapes) of a DecoderLM; nothing is computed."""
-  return nnx.split(
-    nnx.eval_shape(lambda: DecoderLM(**keywords, rngs=nnx.Rngs(0)))
-  )
+def abstract_model(keywords, model=DecoderLM):
+  """(graphdef, state of shapes) of a model; nothing is computed."""
+  return nnx.split(nnx.eval_shape(lambda: model(**keywords, rngs=nnx.Rngs(0))))
 
 
-def fill(graphdef, abstract, read, dtype, sharding=None) -> DecoderLM:
+def fill(graphdef, abstract, read, dtype, sharding=None) -> nnx.Module:
   """The module whose parameter at `path` is read(path, shape)."""
   flat = []
   for path, leaf in nnx.to_flat_state(abstract):
@@ -136,7 +165,7 @@ def _stored_shape(tensor, shape):
   return (rows * tensor.parts, *rest)
 
 
-def _check(tensors, family, parameters):
+def check_tensors(tensors, family, parameters):
   """Compares all names and shapes before anything is read."""
   missing, wrong, known = [], [], set()
   for path, leaf in parameters:
@@ -169,7 +198,8 @@ def _check(tensors, family, parameters):
     raise ValueError(f'weights do not fit the config; {"; ".join(problems)}')
 
 
-def _read(tensors, tensor, shape):
+def read_tensor(tensors, tensor, shape):
+  """A parameter of this shape, from where it is stored."""
   if tensor.parts == 1:
     value = tensors.read(tensor.name)
   else:
@@ -215,7 +245,7 @@ def config_of(
 
 
 def save_pretrained(
-  model: DecoderLM,
+  model: nnx.Module,
   folder: str | os.PathLike,
   config: dict,
   *,
@@ -224,7 +254,7 @@ def save_pretrained(
   """Writes config.json and safetensors that transformers can load.
 
   Args:
-    model: a decoder that fits `config`.
+    model: a model that fits `config`.
     folder: made if it is not there; must not hold weights already.
     config: as of `read_config` (of the folder it was loaded from) or
       `config_of`.
@@ -234,10 +264,13 @@ def save_pretrained(
     ValueError: the model's parameters do not fit the config.
     FileExistsError: the folder holds weights.
   """
+  if (other := _other(config)) is not None:
+    family, abstract = other.wanted(config, model)
+  else:
+    family = _family(config)
+    keywords, pattern = family.read(config)
+    _, abstract = abstract_model(keywords | {'patterns': pattern})
   folder = pathlib.Path(folder)
-  family = _family(config)
-  keywords, pattern = family.read(config)
-  _, abstract = abstract_model(keywords | {'patterns': pattern})
   wanted = {p: leaf.shape for p, leaf in nnx.to_flat_state(abstract)}
   state = {
     path: leaf[...]

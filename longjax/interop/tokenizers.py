@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 JSON, SENTENCEPIECE = 'tokenizer.json', 'tokenizer.model'
+VOCABULARY, MERGES = 'vocab.json', 'merges.txt'
 
 
 class Tokenizer(Protocol):
@@ -29,7 +30,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer in a file, or in a pretrained model's folder.
 
   tokenizer.json (the tokenizers library), tokenizer.model (sentencepiece) or
-  llama2.c's tok*.bin, by the file's name.
+  llama2.c's tok*.bin, by the file's name; of a folder also vocab.json with
+  merges.txt (byte-level BPE).
 
   Raises:
     FileNotFoundError: no such file, or none of these in the folder.
@@ -40,7 +42,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     for name in (JSON, SENTENCEPIECE):
       if (path / name).exists():
         return load_tokenizer(path / name)
-    raise FileNotFoundError(f'{path} has neither {JSON} nor {SENTENCEPIECE}')
+    if (path / VOCABULARY).exists() and (path / MERGES).exists():
+      return ByteLevelTokenizer(path)
+    raise FileNotFoundError(
+      f'{path} has neither {JSON} nor {SENTENCEPIECE} nor {VOCABULARY} with '
+      f'{MERGES}'
+    )
   if not path.exists():
     raise FileNotFoundError(f'{path} does not exist')
   kinds = {
@@ -75,11 +82,56 @@ class JSONTokenizer:
       raise ValueError(f'{path} is no tokenizer.json: {error}') from error
     self.vocab_size = self._tokenizer.get_vocab_size()
 
-  def encode(self, text):
-    return self._tokenizer.encode(text).ids
+  def encode(self, text, pair=None):
+    """Tokens of a text, or of two with what the model puts between them."""
+    return self._tokenizer.encode(text, pair).ids
+
+  def token(self, name: str) -> int:
+    """The number of a token such as '<mask>'; ValueError if there is none."""
+    if (token := self._tokenizer.token_to_id(name)) is None:
+      raise ValueError(f'the vocabulary has no token {name!r}')
+    return token
 
   def decode(self, tokens):
     return self._tokenizer.decode(_check(tokens, self.vocab_size))
+
+
+class ByteLevelTokenizer(JSONTokenizer):
+  """vocab.json and merges.txt of GPT-2's line, as of RoBERTa and BART.
+
+  If the vocabulary has RoBERTa's special tokens, a text is <s> text </s> and a
+  pair <s> a </s></s> b </s>.
+  """
+
+  def __init__(self, folder):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    folder = pathlib.Path(folder)
+    files = folder / VOCABULARY, folder / MERGES
+    try:
+      model = models.BPE.from_file(*map(str, files))
+    except Exception as error:  # the library raises nothing narrower
+      raise ValueError(f'{folder} holds no byte-level BPE: {error}') from error
+    self._tokenizer = tokenizers.Tokenizer(model)
+    self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    self._tokenizer.decoder = decoders.ByteLevel()
+    known = self._tokenizer.token_to_id
+    special = ('<s>', '<pad>', '</s>', '<unk>', '<mask>', '<|endoftext|>')
+    self._tokenizer.add_special_tokens(
+      [
+        # A mask takes the place of a word and of the space before it.
+        tokenizers.AddedToken(name, lstrip=name == '<mask>', normalized=False)
+        for name in special
+        if known(name) is not None
+      ]
+    )
+    ends = [(name, known(name)) for name in ('</s>', '<s>')]
+    if all(number is not None for _, number in ends):
+      self._tokenizer.post_processor = processors.RobertaProcessing(
+        *ends, add_prefix_space=False
+      )
+    self.vocab_size = self._tokenizer.get_vocab_size()
 
 
 class SentencePieceTokenizer:

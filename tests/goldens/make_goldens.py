@@ -11,6 +11,8 @@ import json
 import pathlib
 import platform
 
+import led
+import longformer
 import numpy as np
 import pretrained
 import torch
@@ -169,6 +171,8 @@ def main():
   write(FOLDER / 'longformer_self_attention.npz', longformer_self_attention())
   for name, config, kind in pretrained.models():
     write(FOLDER / f'pretrained_{name}.npz', pretrained.golden(config, kind))
+  for name, arrays in (*longformer.files(), *led.files()):
+    write(FOLDER / f'{name}.npz', arrays)
 
 
 if __name__ == '__main__':
