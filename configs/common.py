@@ -305,10 +305,11 @@ def measurements(
       start=start,
     )
   )
-  # A plain or .xz file, whose documents follow each other; of a run by default
-  # its test split.
+  # A plain or .xz file; of a run by default its test split. Its documents
+  # follow each other, and so do the texts that are measured; or text i begins
+  # with document i * stride.
   config.text = ml_collections.ConfigDict(
-    dict(path='', separator='<|endoftext|>')
+    dict(path='', separator='<|endoftext|>', stride=0)
   )
   config.variants = VARIANTS
   # Lengths of 0, no samples, no documents: not measured.

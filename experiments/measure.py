@@ -160,7 +160,7 @@ class _Run:
         f'config.loss_by_position.length={length} must exceed the trained '
         f'length {trained}'
       )
-    texts = self.subject.tokens(length * documents).reshape(documents, length)
+    texts = self.subject.texts(documents, length)
     results = self.finished('loss_by_position')
     for label in self.variants:
       if label in results:
@@ -333,8 +333,7 @@ class _Run:
     """Table 3: BLEU and ROUGE-L of continuations after each milestone."""
     settings, results = self.config.overlap, self.finished('overlap')
     length = max(settings.milestones) + settings.tokens
-    texts = self.subject.tokens(length * settings.documents)
-    texts = texts.reshape(settings.documents, length)
+    texts = self.subject.texts(settings.documents, length)
     for label in self.patterns():
       if label in results:
         continue

@@ -66,24 +66,41 @@ class Subject:
     load = load_llama2c if self._path.suffix == '.bin' else load_pretrained
     return load(self._path, **options)
 
-  def tokens(self, count: int) -> np.ndarray:
-    """The first `count` tokens of the text.
+  def texts(self, count: int, length: int) -> np.ndarray:
+    """int32 [count, length]: one after another, or `text.stride` apart.
 
     Raises:
-      ValueError: there are fewer.
+      ValueError: there are not as many tokens.
     """
-    tokens = self.up_to(count)
+    stride = self._config.text.stride
+    if stride < 0:
+      raise ValueError(f'config.text.stride={stride} must not be negative')
+    if stride:
+      rows = [self._tokens(length, stride * row) for row in range(count)]
+    else:
+      rows = self._tokens(count * length)
+    return np.reshape(rows, (count, length))
+
+  def _tokens(self, count, first=0):
+    tokens = self.up_to(count, first)
     if len(tokens) < count:
       text = self._config.text.path or "the run's test split"
+      beyond = f' from document {first} on' if first else ''
       raise ValueError(
-        f'{count} tokens are needed, config.text.path={text} has {len(tokens)}'
+        f'{count} tokens are needed, config.text.path={text} has '
+        f'{len(tokens)}{beyond}'
       )
     return tokens
 
-  def up_to(self, count: int) -> np.ndarray:
-    """`count` tokens of the documents, one after another, or all there are."""
+  def up_to(self, count: int, first: int = 0) -> np.ndarray:
+    """`count` tokens, or all there are, of documents `first`, ... in order."""
     text = self._config.text
     if not text.path and self._corpus is not None:
+      if first:
+        raise ValueError(
+          f'config.text.stride={text.stride}: the test split of a run is one '
+          'document'
+        )
       return np.asarray(self._corpus.test[:count], np.int32)
     if not text.path:
       raise ValueError('config.text.path is empty: name a text file')
@@ -92,11 +109,11 @@ class Subject:
     with opened(path, 'rt', encoding='utf-8') as file:
       documents = file.read().split(text.separator)
     tokens = []
-    for document in filter(None, map(str.strip, documents)):
+    for document in [d for d in map(str.strip, documents) if d][first:]:
       tokens += self.tokenizer.encode(document)
       if len(tokens) >= count:
         break
-    if not tokens:
+    if not tokens and not first:
       raise ValueError(f'config.text.path={path} has no tokens')
     return np.array(tokens[:count], np.int32)
 

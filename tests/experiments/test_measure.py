@@ -11,6 +11,7 @@ from flax import nnx
 
 import longjax
 from experiments import measure
+from experiments.subject import Subject
 from longjax import training
 from longjax.evaluation import length as evaluation
 from longjax.interop import config_of, save_pretrained
@@ -120,7 +121,7 @@ def test_blocks_know_nothing_of_each_other(pretrained, tmp_path):
   config = make_config(pretrained)
   config.variants = ('independent blocks',)
   run = measure._Run(config, tmp_path)
-  texts = run.subject.tokens(2 * 96).reshape(2, 96)
+  texts = run.subject.texts(2, 96)
   got = run._losses('independent blocks', texts, 32)
   model = run.subject.load(longjax.Full())
   for start in (0, 32, 64):
@@ -130,6 +131,19 @@ def test_blocks_know_nothing_of_each_other(pretrained, tmp_path):
     np.testing.assert_allclose(
       got[:, start : start + TRAINED], wanted[..., 0], atol=1e-4
     )
+
+
+def test_texts_that_begin_with_a_document(pretrained):
+  config = make_config(pretrained)
+  documents = (pretrained / 'text.txt').read_text().split('|')
+  config.text.stride = 1
+  one, two = Subject(config).texts(2, 50)
+  tokenizer = Subject(config).tokenizer
+  assert tokenizer.decode(one) == ''.join(documents)[:50]
+  assert tokenizer.decode(two) == documents[1][:50]
+  config.text.stride = 2
+  with pytest.raises(ValueError, match='has 0 from document 2 on'):
+    Subject(config).texts(2, 50)
 
 
 def test_a_stream_that_was_stopped_goes_on(pretrained, tmp_path, monkeypatch):
@@ -198,7 +212,7 @@ def test_a_run_of_ours(trained, tmp_path):
     json.loads((trained / 'config.json').read_text()), trained
   )
   texts = found.task.corpus.test[: 2 * 96].reshape(2, 96)
-  np.testing.assert_array_equal(run.subject.tokens(192), texts.reshape(-1))
+  np.testing.assert_array_equal(run.subject.texts(2, 96), texts)
   assert run.model('LM-Infinite').patterns == (longjax.Lambda(TRAINED, START),)
   losses = evaluation.streamed_losses(found.model, texts)
   np.testing.assert_allclose(
@@ -206,6 +220,9 @@ def test_a_run_of_ours(trained, tmp_path):
     result['loss_by_position']['vanilla'],
     rtol=1e-5,
   )
+  config.text.stride = 1
+  with pytest.raises(ValueError, match='stride=1: the test split of a run is'):
+    Subject(config).texts(2, 96)
   for name in ('tokenizer', 'dtype'):
     config = make_config(trained)
     config.model[name] = str(trained)
@@ -222,6 +239,7 @@ def test_a_run_of_ours(trained, tmp_path):
     ('model.start', 32, r'start=32 must lie in 0 \.\.\. 31'),
     ('variants', ('vanila',), r"variants \['vanila'\] are not in"),
     ('text.path', '', 'config.text.path is empty'),
+    ('text.stride', -1, 'config.text.stride=-1 must not be negative'),
     ('loss_by_position.length', 32, 'length=32 must exceed the trained'),
     ('loss_by_position.documents', 99, '9504 tokens are needed'),
   ],
