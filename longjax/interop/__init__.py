@@ -11,11 +11,13 @@ from longjax.interop.pretrained import (
   save_pretrained,
 )
 from longjax.interop.tokenizers import load_tokenizer
+from longjax.interop.torchscale import config_of_longnet
 
 __all__ = [
   'config_of',
   'config_of_led',
   'config_of_longformer',
+  'config_of_longnet',
   'lengthen',
   'load_llama2c',
   'load_pretrained',
