@@ -18,12 +18,14 @@ DATA = [
   'importlib_resources',  # which tensorflow-datasets uses and does not name
   'pooch>=1.8',
   'tensorflow-datasets>=4.9.9',
+  'tiktoken>=0.8',
   'tokenizers>=0.20',
 ]
 
 INTEROP = [
   'safetensors>=0.5',
   'sentencepiece>=0.2',
+  'tiktoken>=0.8',
   'tokenizers>=0.20',
 ]
 

@@ -34,6 +34,8 @@ ONLY_IN = {
   'safetensors': {'interop'},
   'sentencepiece': {'interop'},
   'pooch': {'data'},
+  'tiktoken': {'data'},
+  'tiktoken_ext': {'data'},
 }
 # Packages that a bare machine lacks: imported where used, not with a module.
 LAZY = {
@@ -47,6 +49,8 @@ LAZY = {
   'sentencepiece',
   'tensorboardX',
   'tensorflow_datasets',
+  'tiktoken',
+  'tiktoken_ext',
   'tokenizers',
   'tqdm',
 }

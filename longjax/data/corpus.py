@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 
 from longjax.data import splits as splits_lib
+from longjax.data import subwords
 from longjax.data import vocabulary as vocabulary_lib
 
 
@@ -15,7 +16,8 @@ class Corpus:
 
   Attributes:
     name: the name it was loaded by.
-    train: tokens [length], uint8 or (for more than 256 symbols) uint16.
+    train: tokens [length], uint8 or (for more than 256 symbols) uint16 or
+      uint32.
     validation: likewise.
     test: likewise.
     vocabulary: the map between bytes and tokens.
@@ -29,7 +31,7 @@ class Corpus:
   train: np.ndarray
   validation: np.ndarray
   test: np.ndarray
-  vocabulary: vocabulary_lib.Vocabulary
+  vocabulary: vocabulary_lib.Vocabulary | subwords.SubwordVocabulary
   description: str
   sha256: dict[str, str]
 
@@ -38,7 +40,7 @@ class Corpus:
     return self.vocabulary.size
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """Tokens [length in bytes] of a text; a str is taken as UTF-8."""
+    """Tokens of a text, most often one a byte; a str is taken as UTF-8."""
     return self.vocabulary.encode(text)
 
   def decode(self, tokens) -> bytes:

@@ -42,9 +42,10 @@ def load(
   Args:
     name: one of 'enwik8', 'text8', 'python_source', 'text', 'pg19'.
     path: a local file (or, for 'text', folder) to read instead.
-    vocab: 'bytes' (256 symbols), 'letters' (space and a-z, 27 symbols) or
-      'compact' (the training split's byte values and one unknown symbol).
-      None: 'letters' for text8, 'bytes' for the others.
+    vocab: 'bytes' (256 symbols), 'letters' (space and a-z, 27 symbols),
+      'compact' (the training split's byte values and one unknown symbol), or
+      one of tiktoken's (`longjax.data.subwords`): 'cl100k_base', or a path to
+      cl100k_base.tiktoken. None: 'letters' for text8, 'bytes' for the others.
     data_dir: where tensorflow-datasets keeps prepared sets. None: its own
       default, and only for the official sets.
 
@@ -63,9 +64,7 @@ def load(
     raise ValueError(f'data name {name!r} is not one of {", ".join(NAMES)}')
   if vocab is None:
     vocab = vocabulary.LETTERS if name == 'text8' else vocabulary.BYTES
-  if vocab not in vocabulary.NAMES:
-    allowed = ', '.join(vocabulary.NAMES)
-    raise ValueError(f'vocab={vocab!r} is not one of {allowed}')
+  vocabulary.check(vocab)
   loaded = corpus.build(name, _read(name, path, data_dir), vocab)
   _log.info(
     '%s: %s; %s tokens, %d symbols',

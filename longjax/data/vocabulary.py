@@ -7,11 +7,15 @@ Every vocabulary here is a table over the 256 byte values:
            other byte is refused.
   compact  the byte values that occur in a training split, in order, then one
            symbol for all others.
+
+Those of `subwords` have tokens of several bytes each.
 """
 
 import dataclasses
 
 import numpy as np
+
+from longjax.data import subwords
 
 BYTES = 'bytes'
 LETTERS = 'letters'
@@ -79,8 +83,18 @@ class Vocabulary:
     return self.symbols[tokens.astype(np.int64)].tobytes()
 
 
-def build(name: str, train: bytes) -> Vocabulary:
+def check(name: str):
+  """Raises ValueError unless a vocabulary may be called so."""
+  if name not in NAMES and not subwords.is_name(name):
+    raise ValueError(
+      f'vocab={name!r} is not one of {", ".join((*NAMES, *subwords.NAMES))}, '
+      f'nor a path to a file such as {subwords.NAMES[0]}{subwords.SUFFIX}'
+    )
+
+
+def build(name: str, train: bytes) -> Vocabulary | subwords.SubwordVocabulary:
   """The vocabulary called `name`; 'compact' looks at the training split."""
+  check(name)
   if name == BYTES:
     values = np.arange(256, dtype=np.uint8)
     return Vocabulary(name, np.arange(256), values)
@@ -92,7 +106,7 @@ def build(name: str, train: bytes) -> Vocabulary:
     unknown = np.frombuffer(UNKNOWN_BYTE, np.uint8)
     table = _positions(values, outside=len(values))
     return Vocabulary(name, table, np.concatenate([values, unknown]))
-  raise ValueError(f'vocab={name!r} is not one of {", ".join(NAMES)}')
+  return subwords.SubwordVocabulary(name)
 
 
 def _positions(values: np.ndarray, outside: int) -> np.ndarray:

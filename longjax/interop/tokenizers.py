@@ -6,6 +6,8 @@ import struct
 from collections.abc import Sequence
 from typing import Protocol
 
+from longjax.data.subwords import SUFFIX, SubwordVocabulary
+
 JSON, SENTENCEPIECE = 'tokenizer.json', 'tokenizer.model'
 VOCABULARY, MERGES = 'vocab.json', 'merges.txt'
 
@@ -30,8 +32,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer in a file, or in a pretrained model's folder.
 
   tokenizer.json (the tokenizers library), tokenizer.model (sentencepiece) or
-  llama2.c's tok*.bin, by the file's name; of a folder also vocab.json with
-  merges.txt (byte-level BPE).
+  llama2.c's tok*.bin or tiktoken's cl100k_base.tiktoken, by the file's name; of
+  a folder also vocab.json with merges.txt (byte-level BPE).
 
   Raises:
     FileNotFoundError: no such file, or none of these in the folder.
@@ -54,6 +56,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     '.json': JSONTokenizer,
     '.model': SentencePieceTokenizer,
     '.bin': Llama2cTokenizer,
+    SUFFIX: TiktokenTokenizer,
   }
   if path.suffix not in kinds:
     raise ValueError(f'{path} is none of *{", *".join(kinds)}')
@@ -153,6 +156,21 @@ class SentencePieceTokenizer:
 
   def decode(self, tokens):
     return self._processor.DecodeIds(_check(tokens, self.vocab_size))
+
+
+class TiktokenTokenizer:
+  """cl100k_base.tiktoken or another of `longjax.data.subwords`; no BOS."""
+
+  def __init__(self, path):
+    self._vocabulary = SubwordVocabulary(str(path))
+    self.vocab_size = self._vocabulary.size
+
+  def encode(self, text):
+    return self._vocabulary.encode(text).tolist()
+
+  def decode(self, tokens):
+    raw = self._vocabulary.decode(_check(tokens, self.vocab_size))
+    return raw.decode('utf-8', 'replace')
 
 
 class Llama2cTokenizer:

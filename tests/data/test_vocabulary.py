@@ -56,3 +56,5 @@ def test_a_token_outside_is_named(token):
 def test_an_unknown_vocabulary_is_named():
   with pytest.raises(ValueError, match="'words' is not one of bytes, letters"):
     vocabulary.build('words', b'')
+  with pytest.raises(ValueError, match='nor a path to a file such as cl100k'):
+    vocabulary.check('words')
