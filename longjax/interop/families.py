@@ -97,6 +97,17 @@ def _rope(config: Config):
     'original_max_position_embeddings',
     config.get('max_position_embeddings', 2048),
   )
+  refuse_unless(settings, {'partial_rotary_factor': (1, None)})
+  needed = {
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor'),
+    'yarn': ('factor',),
+  }
+  for name in needed.get(kind, ()):
+    if settings.get(name) is None:
+      raise UnsupportedConfig(
+        f'rope_type {kind!r} needs {name}, got {settings}'
+      )
   if kind == 'default':
     return base, None
   if kind == 'linear':
@@ -157,9 +168,7 @@ def _rope_parameters(rope) -> dict:
 
 
 def _read_llama(config: Config):
-  refuse_unless(
-    config, {'hidden_act': ('silu', 'swish'), 'pretraining_tp': (1,)}
-  )
+  refuse_unless(config, {'hidden_act': ('silu', 'swish')})
   base, scaling = _rope(config)
   heads = config.get('num_attention_heads', 32)
   keywords = llama(

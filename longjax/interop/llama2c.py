@@ -3,10 +3,14 @@
 import os
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 
-from longjax.interop.pretrained import abstract_model, fill
+from longjax.interop.pretrained import (
+  Sharding,
+  abstract_model,
+  fill,
+  model_dtype,
+)
 from longjax.models import DecoderLM
 from longjax.models.llama import llama
 from longjax.patterns import Full
@@ -31,6 +35,7 @@ def load_llama2c(
   *,
   patterns=None,
   dtype='float32',
+  sharding: Sharding = None,
   interleaved: bool = True,
   **overrides,
 ) -> DecoderLM:
@@ -42,6 +47,7 @@ def load_llama2c(
       read-out of its own.
     patterns: one for all layers or one for each; None for full attention.
     dtype: of parameters and activations.
+    sharding: as of `load_pretrained`.
     interleaved: rotate pairs (2i, 2i + 1) as llama2.c does; False reorders the
       query and key projections for pairs (i, i + half), which is the same
       model, as Hugging Face's LLaMA has it.
@@ -49,12 +55,12 @@ def load_llama2c(
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: another format, or a file of the wrong size.
+    ValueError: another format, a file of the wrong size, or another dtype.
   """
+  dtype = model_dtype(dtype, {})
   keywords, stored = read_llama2c(path)
   keywords.pop('max_length')
   keywords = llama(**keywords, interleaved=interleaved)
-  dtype = jnp.dtype(dtype)
   heads = keywords['num_heads']
   size = keywords['features'] // heads
   graphdef, abstract = abstract_model(
@@ -74,7 +80,7 @@ def load_llama2c(
       value = value.swapaxes(1, 2).reshape(-1, value.shape[-1])
     return value.T if field == 'kernel' else value.reshape(shape)
 
-  return fill(graphdef, abstract, read, dtype)
+  return fill(graphdef, abstract, read, dtype, sharding)
 
 
 def read_llama2c(path: str | os.PathLike) -> tuple[dict, dict]:

@@ -44,6 +44,11 @@ def read_config(folder: str | os.PathLike) -> dict:
   """
   folder = pathlib.Path(folder)
   path = folder / CONFIG
+  if folder.is_file():
+    raise ValueError(
+      f'{folder} is a file: a folder with {CONFIG} is needed (llama2.c .bin '
+      'files are read by load_llama2c)'
+    )
   if not folder.is_dir():
     raise FileNotFoundError(f'{folder} is no folder')
   if not path.exists():
@@ -51,10 +56,7 @@ def read_config(folder: str | os.PathLike) -> dict:
       f'{folder} has no {CONFIG}: a folder as written by save_pretrained is '
       'needed'
     )
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
+  return weights.read_json(path)
 
 
 def _other(config):
@@ -75,7 +77,8 @@ def _family(config):
   return FAMILIES[model_type]
 
 
-def _dtype(dtype, config):
+def model_dtype(dtype, config):
+  """The dtype asked for, or the config's; ValueError if none of `DTYPES`."""
   if dtype is None:
     dtype = config.get('dtype', config.get('torch_dtype')) or 'float32'
   name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
@@ -115,8 +118,8 @@ def load_pretrained(
     FileNotFoundError: config, weights, or one of several files is missing.
     UnsupportedConfig: an architecture, or a setting of it, that longjax does
       not have; names those it has.
-    ValueError: damaged files; tensors missing, unexpected or of another shape,
-      each named.
+    ValueError: damaged files; tensors missing, unexpected, of another shape or
+      a dtype that is not supported (quantized ones), each named.
   """
   config = read_config(folder)
   if (other := _other(config)) is not None:
@@ -124,13 +127,13 @@ def load_pretrained(
       folder,
       config,
       patterns=patterns,
-      dtype=_dtype(dtype, config),
+      dtype=model_dtype(dtype, config),
       sharding=sharding,
       **overrides,
     )
   family = _family(config)
   keywords, pattern = family.read(config)
-  dtype = _dtype(dtype, config)
+  dtype = model_dtype(dtype, config)
   keywords |= {'dtype': dtype, 'param_dtype': dtype} | overrides
   keywords['patterns'] = pattern if patterns is None else patterns
   with weights.Tensors(folder) as tensors:
@@ -166,8 +169,8 @@ def _stored_shape(tensor, shape):
 
 
 def check_tensors(tensors, family, parameters):
-  """Compares all names and shapes before anything is read."""
-  missing, wrong, known = [], [], set()
+  """Compares all names, shapes and dtypes before anything is read."""
+  missing, wrong, narrow, known = [], [], [], set()
   for path, leaf in parameters:
     tensor = family.tensor(path)
     known.add(tensor.name)
@@ -180,6 +183,8 @@ def check_tensors(tensors, family, parameters):
     )
     if shape != wanted:
       wrong.append(f'{tensor.name} is {shape}, the config says {wanted}')
+    if (dtype := tensors.dtype(tensor.name)) not in weights.DTYPES:
+      narrow.append(f'{tensor.name} is {dtype}')
   # A tied read-out may be stored all the same.
   known.add(f'{family.modules["output"]}.weight')
   unexpected = [
@@ -191,6 +196,7 @@ def check_tensors(tensors, family, parameters):
       ('missing', missing),
       ('unexpected', unexpected),
       ('wrong shape', wrong),
+      (f'dtype not one of {weights.DTYPES}', narrow),
     )
     if names
   ]
@@ -308,5 +314,8 @@ def save_pretrained(
     for name, parts in paths.items()
   }
   weights.write(folder, sizes, gather, max_file_bytes)
-  text = json.dumps(config | {'dtype': dtype.name}, indent=2)
+  named = {'dtype': dtype.name}
+  if 'torch_dtype' in config:  # as it was called
+    named['torch_dtype'] = dtype.name
+  text = json.dumps(config | named, indent=2)
   (folder / CONFIG).write_text(text + '\n')

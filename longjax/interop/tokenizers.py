@@ -83,6 +83,9 @@ class JSONTokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
       raise ValueError(f'{path} is no tokenizer.json: {error}') from error
+    # Files may say to cut or fill up texts to some length; ours are long.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
     self.vocab_size = self._tokenizer.get_vocab_size()
 
   def encode(self, text, pair=None):

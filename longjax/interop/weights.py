@@ -10,6 +10,23 @@ import numpy as np
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+# Of stored tensors that can be read.
+DTYPES = ('F32', 'BF16', 'F16', 'F64')
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: it holds none.
+  """
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:  # no JSON, or no text at all
+    raise ValueError(f'{path} is not JSON: {error}') from error
+  if not isinstance(found, dict):
+    raise ValueError(f'{path} holds {type(found).__name__}, not an object')
+  return found
 
 
 class Tensors:
@@ -20,7 +37,8 @@ class Tensors:
   Raises:
     FileNotFoundError: no weights in the folder, or a file that the index
       names is missing.
-    ValueError: a file that is no safetensors, or is cut short.
+    ValueError: a file that is no safetensors, or is cut short; an index
+      that is none.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -31,7 +49,9 @@ class Tensors:
   def __enter__(self) -> 'Tensors':
     index = self._folder / INDEX
     if index.exists():
-      wanted = json.loads(index.read_text())['weight_map']
+      wanted = read_json(index).get('weight_map')
+      if not wanted:
+        raise ValueError(f'{index} has no weight_map')
       names = sorted(set(wanted.values()))
     elif (self._folder / SINGLE).exists():
       wanted, names = None, [SINGLE]
@@ -62,6 +82,9 @@ class Tensors:
 
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._file_of[name].get_slice(name).get_shape())
+
+  def dtype(self, name: str) -> str:
+    return self._file_of[name].get_slice(name).get_dtype()
 
   def read(self, name: str, first: int = 0, last: int | None = None):
     """Rows [first, last) of a tensor, as a numpy array."""

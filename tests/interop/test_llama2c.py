@@ -7,9 +7,18 @@ import jax
 import numpy as np
 import pytest
 
+import longjax
 from longjax.generation.sample import sample
-from longjax.interop import load_llama2c, load_tokenizer
+from longjax.interop import (
+  config_of,
+  load_llama2c,
+  load_pretrained,
+  load_tokenizer,
+  save_pretrained,
+)
 from longjax.interop.llama2c import read_llama2c
+from longjax.models import llama
+from tests.interop.helpers import logits, parameters
 
 BEGINNING = 'Once upon a time, there was a little girl named Lily.'
 
@@ -19,8 +28,12 @@ def stories(shared_data):
   return shared_data / 'stories260k'
 
 
-def numpy_logits(path, tokens):
-  """The model's forward pass, written out: one token after the other."""
+def numpy_logits(path, tokens, window=None, start=0):
+  """The model's forward pass, written out: one token after the other.
+
+  With a window L, LM-Infinite's: the last L keys and the first `start`, each
+  key as it is and the query turned by min(distance, L) for it.
+  """
   header, t = read_llama2c(path)
   heads, kv_heads = header['num_heads'], header['num_kv_heads']
   size = header['features'] // heads
@@ -45,16 +58,28 @@ def numpy_logits(path, tokens):
     for layer in range(header['num_layers']):
       w = {name: value[layer] for name, value in t.items() if '.' in name}
       y = norm(x, t['attention_norm'][layer])
-      q = rotate((w['attention.query'] @ y).reshape(heads, size), position)
+      q = (w['attention.query'] @ y).reshape(heads, size)
       k = (w['attention.key'] @ y).reshape(kv_heads, size)
-      keys[layer].append(rotate(k, position))
+      if window is None:
+        k, q = rotate(k, position), rotate(q, position)
+      keys[layer].append(k)
       values[layer].append((w['attention.value'] @ y).reshape(kv_heads, size))
       k, v = np.stack(keys[layer], 1), np.stack(values[layer], 1)
+      distance = position - np.arange(position + 1)
+      seen = distance >= 0
+      if window is not None:
+        seen = (distance < window) | (np.arange(position + 1) < start)
       out = []
       for h in range(heads):
         g = h * kv_heads // heads
-        s = k[g] @ q[h] / np.sqrt(size)
-        p = np.exp(s - s.max())
+        query = q[h]
+        if window is not None:  # one for each key
+          query = rotate(
+            np.tile(q[h], (position + 1, 1)),
+            np.minimum(distance, window)[:, None],
+          )
+        s = (k[g] * query).sum(-1) / np.sqrt(size)
+        p = np.where(seen, np.exp(s - s.max()), 0)
         out.append(p / p.sum() @ v[g])
       x = x + w['attention.output'] @ np.concatenate(out)
       y = norm(x, t['mlp_norm'][layer])
@@ -76,14 +101,50 @@ def test_greedy_story(stories):
   np.testing.assert_array_equal(logits.argmax(-1), got)
 
 
-def test_reordered_for_pairs_of_halves(stories):
-  """The same model, in the order of Hugging Face's LLaMA."""
+def test_lm_infinite_far_past_the_window(stories):
+  """Facts B11, 7, 9 and 10 on a real model: at once, in chunks of a ragged
+  batch, and token by token it is the forward pass above."""
+  path, window, start = stories / 'stories260K.bin', 24, 5
+  model = load_llama2c(path, patterns=longjax.Lambda(window, start))
+  # Prompts read in chunks of 19; then one token at a time.
+  prompts = [np.arange(3, 43), [1], np.arange(300, 325)]
+  count = 3 * window + start + 10 - 40
+  new = sample(model, prompts, count, temperature=0, prefill_chunk=19)
+  ids = np.full((3, 40 + count - 1), -1)
+  tokens, wanted = np.zeros_like(ids), []
+  for row, prompt in enumerate(prompts):
+    text = np.concatenate([prompt, new[row, :-1]])
+    tokens[row, : len(text)], ids[row, : len(text)] = text, 0
+    wanted.append(numpy_logits(path, text, window, start))
+    likeliest = wanted[row].argmax(-1)[len(prompt) - 1 :]
+    np.testing.assert_array_equal(new[row], likeliest)
+  got = logits(model, tokens, ids)
+  for row, expected in enumerate(wanted):
+    error = np.abs(got[row, : len(expected)] - expected).max()
+    assert error < 2e-5 * np.abs(expected).max()
+  # Where something is left out, the plain model says something else.
+  plain = numpy_logits(path, tokens[0])
+  assert np.abs(plain - wanted[0])[: window + 1].max() < 1e-9
+  assert np.abs(plain - wanted[0])[window + 1 :].max() > 1
+
+
+def test_reordered_for_pairs_of_halves(stories, tmp_path):
+  """The same model, in the order of Hugging Face's LLaMA; also from a folder
+  of its kind."""
   path = stories / 'stories260K.bin'
   tokens = np.random.default_rng(0).integers(0, 512, (1, 30))
-  a = load_llama2c(path)(tokens)
+  wanted = logits(load_llama2c(path), tokens)
   model = load_llama2c(path, interleaved=False)
   assert not model.layers[0].attention.position.interleaved
-  np.testing.assert_allclose(model(tokens), a, atol=2e-4)
+  np.testing.assert_allclose(logits(model, tokens), wanted, atol=2e-4)
+  keywords, _ = read_llama2c(path)
+  length = keywords.pop('max_length')
+  config = config_of(llama(**keywords), max_length=length)
+  assert config['max_position_embeddings'] == 512
+  save_pretrained(model, tmp_path, config)
+  again = parameters(load_pretrained(tmp_path))
+  for name, value in parameters(model).items():
+    np.testing.assert_array_equal(again[name], value)
 
 
 def test_loss_on_stories(stories):
@@ -166,6 +227,9 @@ def test_wrong_files(tmp_path):
   write_model(path, (8, 12, 1, 3, 1, 5, 4))
   with pytest.raises(ValueError, match="is no llama2.c model.*'num_heads': 3"):
     load_llama2c(path)
+  with pytest.raises(ValueError, match="dtype 'int8' is not one of"):
+    write_model(path)
+    load_llama2c(path, dtype='int8')
   write_model(path, words=10)
   with pytest.raises(ValueError, match='68 bytes, its header says'):
     load_llama2c(path)
@@ -184,19 +248,3 @@ def test_a_read_out_of_its_own(tmp_path):
   model = load_llama2c(path)
   wanted = values[-vocabulary * width :].reshape(vocabulary, width)
   np.testing.assert_array_equal(model.output[...], wanted)
-
-
-def test_wrong_tokenizers(tmp_path):
-  with pytest.raises(FileNotFoundError, match='neither tokenizer.json nor'):
-    load_tokenizer(tmp_path)
-  with pytest.raises(FileNotFoundError, match='does not exist'):
-    load_tokenizer(tmp_path / 'a.json')
-  for name, message in (
-    ('a.txt', 'is none of'),
-    ('a.json', 'is no tokenizer.json'),
-    ('a.bin', 'is no llama2.c tokenizer'),
-    ('a.model', 'is no sentencepiece model'),
-  ):
-    (tmp_path / name).write_bytes(b'nonsense, and long enough')
-    with pytest.raises(ValueError, match=message):
-      load_tokenizer(tmp_path / name)
