@@ -21,7 +21,8 @@ may be chosen.
 
 With `max_length` no layer keeps more slots than that. A cache in which some
 layer was cut short that way (always so for the last row of the table) ends
-after `max_length` positions; any other goes on for ever.
+after `max_length` positions; any other goes on for as long as rotations are
+exact, for 2**30 positions.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ from longjax.ops.attention import attention
 from longjax.ops.merge import merge
 from longjax.ops.middle import MiddleKeys, attend_middle
 from longjax.patterns import Dilated, Lambda, Pattern
+
+# Positions are int32, and rotations exact up to here.
+LAST_LIMIT = 2**30
 
 
 @functools.partial(
@@ -156,7 +160,7 @@ class Cache:
   Attributes:
     layers: one `LayerCache` or `DilatedCache` per layer.
     lengths: int32 [batch], how many tokens each row has seen.
-    limit: how many tokens a row may have; None for no limit.
+    limit: how many tokens a row may have; None for 2**30.
   """
 
   layers: tuple[LayerCache | DilatedCache, ...]
@@ -179,8 +183,13 @@ class Cache:
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     positions = jnp.where(valid, self.lengths[:, None] + count - 1, -1)
     lengths = self.lengths + count[:, -1]
-    if self.limit is not None and not isinstance(lengths, jax.core.Tracer):
-      if (longest := int(lengths.max())) > self.limit:
+    if not isinstance(lengths, jax.core.Tracer):
+      longest = int(lengths.max())
+      if self.limit is None and longest > LAST_LIMIT:
+        raise ValueError(
+          f'a row now has {longest} tokens, positions go to {LAST_LIMIT} only'
+        )
+      if self.limit is not None and longest > self.limit:
         raise ValueError(
           f'the cache holds max_length={self.limit} positions, but a row now '
           f'has {longest}: call init_cache with a larger max_length'
@@ -189,9 +198,7 @@ class Cache:
 
   def overflowed(self, lengths):
     """bool [batch]: rows of a length that the cache cannot serve."""
-    if self.limit is None:
-      return jnp.zeros_like(lengths, bool)
-    return lengths > self.limit
+    return lengths > (LAST_LIMIT if self.limit is None else self.limit)
 
 
 def layout(

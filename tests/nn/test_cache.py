@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from longjax import Dilated, Full, Lambda, SelfExtend, SlidingWindow
-from longjax.nn.cache import Cache, LayerCache, init_layer_cache, layout
+from longjax.nn.cache import (
+  LAST_LIMIT,
+  Cache,
+  LayerCache,
+  init_layer_cache,
+  layout,
+)
 
 append = jax.jit(LayerCache.append)
 SIZES = dict(batch_size=2, num_heads=2, num_kv_heads=1, head_dim=1)
@@ -82,6 +88,33 @@ def test_next_positions_skip_padding_anywhere():
   positions, lengths = cache.next_positions(valid)
   np.testing.assert_array_equal(positions, [[-1, 4, 5], [0, -1, 1]])
   np.testing.assert_array_equal(lengths, [6, 2])
+
+
+def test_positions_end_where_rotations_are_no_longer_exact():
+  cache = Cache((), jnp.asarray([LAST_LIMIT - 1, 0]), None)
+  _, lengths = cache.next_positions(jnp.ones((2, 1), bool))
+  assert not cache.overflowed(lengths).any()
+  with pytest.raises(
+    ValueError, match=f'has {2**30 + 1} tokens, .* 1073741824'
+  ):
+    cache.next_positions(jnp.ones((2, 2), bool))
+  # Inside of jit the caller marks the row.
+  overflowed = jax.jit(
+    lambda valid: cache.overflowed(cache.next_positions(valid)[1])
+  )(jnp.ones((2, 2), bool))
+  np.testing.assert_array_equal(overflowed, [True, False])
+
+
+def test_a_window_larger_than_the_cache_ends_with_the_cache():
+  """It would evict what it still sees; until then nothing is wrong."""
+  start, ring, limit = layout(Lambda(6, start=3), 2, 5)
+  assert (start, ring, limit) == (3, 2, 5)
+  cache = Cache((), jnp.zeros(1, jnp.int32), limit)
+  positions, lengths = cache.next_positions(jnp.ones((1, 5), bool))
+  np.testing.assert_array_equal(positions, [[0, 1, 2, 3, 4]])
+  cache = Cache((), lengths, limit)
+  with pytest.raises(ValueError, match='holds max_length=5 .* now has 6: call'):
+    cache.next_positions(jnp.ones((1, 1), bool))
 
 
 def test_errors():

@@ -100,6 +100,26 @@ def test_b11_14_without_positions_all_of_them_are_vanilla():
   np.testing.assert_allclose(lse, wanted[1][:, ROW], atol=2e-6)
 
 
+@pytest.mark.parametrize('position', [longjax.RoPE(), longjax.ALiBi()])
+def test_b11_14_at_its_true_distance_a_key_has_its_own_logit(position):
+  """One middle key at a time, the cache's other slots empty."""
+  told = jnp.asarray(ROW - MIDDLE)[None]
+  repeated = jnp.repeat(K[:, MIDDLE], 2, axis=2)
+  wanted = position.logits(Q[:, ROW], repeated, told, Q.shape[-1] ** -0.5)
+  for place, key in enumerate(MIDDLE):
+    _, lse = attend_middle(
+      Q[:, ROW:],
+      K,
+      V,
+      POSITIONS[:, ROW:],
+      jnp.where(POSITIONS == key, key, -1),
+      PATTERN,
+      MiddleKeys(3, distance=int(ROW - key)),
+      position,
+    )
+    np.testing.assert_allclose(lse[:, 0], wanted[..., place], atol=1e-5)
+
+
 def test_b11_13_a_constant_changes_nothing_of_the_choice():
   """Keys longer by a multiple of the query: all its logits rise as much."""
   q = Q[:, ROW:]
