@@ -4,7 +4,8 @@ LM-Infinite's table 3: after each milestone of a text the model goes on by
 itself, and BLEU and ROUGE-L compare what it writes with what stands there.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -72,3 +73,30 @@ def scores(generated: Sequence[str], true: Sequence[str]) -> dict:
       )
     ),
   }
+
+
+def draw(results: Mapping[str, Mapping[str, Mapping]], path: str | os.PathLike):
+  """Writes a picture: both scores after each milestone, a line for each label.
+
+  Args:
+    results: {label: {milestone: what `scores` returns}}.
+    path: of the .png.
+  """
+  from matplotlib import figure
+
+  canvas = figure.Figure(figsize=(9, 3.6), layout='constrained')
+  for axes, (name, title) in zip(
+    canvas.subplots(1, 2),
+    (('bleu', 'BLEU'), ('rouge_l', 'ROUGE-L')),
+    strict=True,
+  ):
+    for label, rows in results.items():
+      milestones = sorted(map(int, rows))
+      values = [rows[str(milestone)][name] for milestone in milestones]
+      axes.plot(milestones, values, marker='o', label=label)
+    axes.set_xscale('log', base=2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel='tokens read before', ylabel=title)
+    axes.grid(alpha=0.3)
+  axes.legend(fontsize='small')
+  canvas.savefig(path, dpi=150)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from longjax.generation.sample import sample
+from longjax.ops.middle import MiddleKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,7 @@ def accuracy(
   depth: float,
   samples: int,
   seed: int = 0,
+  middle_keys: MiddleKeys | None = None,
 ) -> float:
   """Share of `samples` questions answered, decoding greedily.
 
@@ -144,6 +146,7 @@ def accuracy(
     task: one of `TASKS`.
     samples: how many questions.
     seed: of the questions.
+    middle_keys: LM-Infinite's top-k, with which the paper's table 2 was had.
 
   Raises:
     ValueError: see `make_prompt`; fewer than one sample.
@@ -155,7 +158,13 @@ def accuracy(
   for _ in range(samples):
     question = task(rng)
     prompt = make_prompt(tokenizer, question, length, depth)
-    new = sample(model, prompt, question.new_tokens, temperature=0)
+    new = sample(
+      model,
+      prompt,
+      question.new_tokens,
+      temperature=0,
+      middle_keys=middle_keys,
+    )
     answered += question.answered(tokenizer.decode(new))
   return answered / samples
 

@@ -22,6 +22,14 @@ def test_continuations_are_greedy_samples():
       overlap.continuations(model, tokens, milestone, 5)
 
 
+def test_the_picture(tmp_path):
+  row = {'bleu': 12.0, 'rouge_l': 30.0, 'first': 'once'}
+  path = tmp_path / 'overlap.png'
+  results = {'vanilla': {'512': row, '64': row}, 'LM-Infinite': {'64': row}}
+  overlap.draw(results, path)
+  assert path.read_bytes().startswith(b'\x89PNG')
+
+
 def test_scores():
   true = ['a little girl named Lily went to the park', 'the cat sat on the mat']
   same = overlap.scores(true, true)

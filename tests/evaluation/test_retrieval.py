@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from longjax import MiddleKeys
 from longjax.evaluation import retrieval
 
 
@@ -65,15 +66,23 @@ def test_accuracy_is_the_share_answered(monkeypatch):
   answers = iter((' {key}.', ' {key}1', ' 5 or {key}', ' no idea', ' is {key}'))
   asked = set()
 
-  def sample(model, prompt, num_tokens, temperature):
-    assert num_tokens == 7 and temperature == 0
+  middle = MiddleKeys(5, 4)
+
+  def sample(model, prompt, num_tokens, temperature, middle_keys):
+    assert num_tokens == 7 and temperature == 0 and middle_keys is middle
     key = re.search(r'key is (\d+)', tokenizer.decode(prompt))[1]
     asked.add(key)
     return tokenizer.encode(next(answers).format(key=key))
 
   monkeypatch.setattr(retrieval, 'sample', sample)
   share = retrieval.accuracy(
-    None, tokenizer, retrieval.passkey, length=200, depth=0.5, samples=5
+    None,
+    tokenizer,
+    retrieval.passkey,
+    length=200,
+    depth=0.5,
+    samples=5,
+    middle_keys=middle,
   )
   assert share == 2 / 5 and len(asked) == 5
 
