@@ -1,11 +1,14 @@
 """Key-value caches for streaming: as large as what a pattern can still see.
 
-A `LayerCache` keeps un-rotated keys and their values in a fixed number of
-slots per row, each with the absolute position it holds (-1: empty). The first
-`start` positions have slots of their own and are kept for ever (the start keys
-of `Lambda`); all later ones share a ring in which a key is overwritten by the
+A `LayerCache` keeps keys and their values in a fixed number of slots per row,
+each with the absolute position it holds (-1: empty). The first `start`
+positions have slots of their own and are kept for ever (the start keys of
+`Lambda`); all later ones share a ring in which a key is overwritten by the
 one that follows it `ring` positions later. Attention is told the positions, so
-the order of the slots does not matter.
+the order of the slots does not matter. Keys are kept un-rotated, and rotated
+for each query: what a pattern such as `Lambda` tells of a key's distance
+changes. Where it always tells the true one (windows, `Full`), RoPE's rotation
+is done once, before a key is kept.
 
 | pattern | start slots | ring slots |
 |---|---|---|
@@ -36,7 +39,8 @@ from longjax.nn.dilated_cache import DilatedCache, init_dilated_cache
 from longjax.ops.attention import attention
 from longjax.ops.merge import merge
 from longjax.ops.middle import MiddleKeys, attend_middle
-from longjax.patterns import Dilated, Lambda, Pattern
+from longjax.patterns import TRUE_DISTANCE, Dilated, Lambda, Pattern
+from longjax.positions import RoPE
 
 # Positions are int32, and rotations exact up to here.
 LAST_LIMIT = 2**30
@@ -127,6 +131,9 @@ class LayerCache:
     Returns:
       (out [batch, T, heads, head_dim], new cache).
     """
+    if self.middle is None and _rotates_once(pattern, position, q.shape[2]):
+      q, k = (position.rotate(x, positions[:, :, None]) for x in (q, k))
+      position = None
     cache, k, v, kv_positions = self.extend(k, v, positions)
     out, lse = attention(
       q,
@@ -146,6 +153,13 @@ class LayerCache:
       out, _ = merge([(out.astype(jnp.float32), lse), more])
       out = out.astype(q.dtype)
     return out, cache
+
+
+def _rotates_once(pattern: Pattern, position, num_heads: int) -> bool:
+  """Whether a key's rotation is the same for every query."""
+  return isinstance(position, RoPE) and all(
+    branch.distance == TRUE_DISTANCE for branch in pattern.branches(num_heads)
+  )
 
 
 @functools.partial(
