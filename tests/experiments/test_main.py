@@ -186,6 +186,10 @@ def test_evaluate_and_sample(whole, config):
   )
   assert code == 0, err
   assert out.startswith('the qu') and len(out) == len('the qu') + 30 + 1
+  code, out, err = run(config, workdir, '--mode=sample', '--prompt=')
+  assert (code, out) == (1, '')
+  assert err.startswith('error: config.sampling.prompt is empty: give a char')
+  assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
