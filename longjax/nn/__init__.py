@@ -6,7 +6,10 @@ exactly when a call is given a `dropout_key`.
 
 from longjax.nn.attention import Attention
 from longjax.nn.cache import Cache, LayerCache
+from longjax.nn.cross_attention import CrossAttention
 from longjax.nn.embedding import RelativeEmbedding, dropout
+from longjax.nn.global_attention import GlobalAttention
+from longjax.nn.post_norm import PostNormBlock
 from longjax.nn.transformer import MLP, Block
 
 __all__ = [
@@ -14,7 +17,10 @@ __all__ = [
   'Attention',
   'Block',
   'Cache',
+  'CrossAttention',
+  'GlobalAttention',
   'LayerCache',
+  'PostNormBlock',
   'RelativeEmbedding',
   'dropout',
 ]
