@@ -79,3 +79,37 @@ def test_bad_segments_and_ratios_are_refused(arguments, message):
 def test_unknown_offsets_are_refused():
   with pytest.raises(ValueError, match="'papers' is not one of .*torchscale"):
     Dilated((4,), (1,), offsets='papers')
+
+
+@pytest.mark.parametrize('rule', ['paper', 'torchscale'])
+@pytest.mark.parametrize('causal', [True, False])
+def test_a13_18_how_many_pairs_are_seen(causal, rule):
+  heads, length = 4, 29
+  for w, r in ((8, 2), (16, 6), (10, 3)):
+    for j in range(heads):
+      pattern = Dilated((w,), (r,), causal, offsets=rule)
+      s = j % r if rule == 'paper' else j // -(-heads // r)
+      seen = counts(pattern, length, j, heads)
+      total = 0
+      for start in range(0, length, w):
+        rows = min(w, length - start)
+        n = max(-(-(rows - s) // r), 0)
+        total += n * (n + 1) // 2 if causal else n * n
+      assert seen.sum() == total
+
+
+@pytest.mark.parametrize('rule', ['paper', 'torchscale'])
+def test_a13_19_masks_of_the_papers_figure_2(rule):
+  """(4, 1), (8, 2), (16, 4) over 16 positions, head offset 0."""
+  pattern = Dilated((4, 8, 16), (1, 2, 4), offsets=rule)
+  seen = counts(pattern, 16, 0, 1) > 0
+  wanted = np.kron(np.eye(4, dtype=bool), np.tri(4, dtype=bool))
+  for rows, columns in (
+    ((4, 6), (0, 2)),
+    ((8, 12), (0, 4)),
+    ((12, 14), (8, 10)),
+  ):
+    for row in rows:
+      wanted[row, list(columns)] = True
+  # (12, 8) is in both of the wider patterns.
+  np.testing.assert_array_equal(seen, wanted)
