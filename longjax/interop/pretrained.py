@@ -191,7 +191,7 @@ def check_tensors(tensors, family, parameters):
     name for name in tensors if name not in known and not family.ignores(name)
   ]
   problems = [
-    f'{what}: {", ".join(sorted(names))}'
+    f'{what}: {_listed(sorted(names))}'
     for what, names in (
       ('missing', missing),
       ('unexpected', unexpected),
@@ -202,6 +202,11 @@ def check_tensors(tensors, family, parameters):
   ]
   if problems:
     raise ValueError(f'weights do not fit the config; {"; ".join(problems)}')
+
+
+def _listed(names, most=8):
+  more = len(names) - most
+  return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
 
 
 def read_tensor(tensors, tensor, shape):

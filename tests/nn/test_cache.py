@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longjax import Dilated, Full, Lambda, SelfExtend, SlidingWindow
+from longjax import (
+  Dilated,
+  Full,
+  Lambda,
+  MiddleKeys,
+  RoPE,
+  SelfExtend,
+  SlidingWindow,
+)
 from longjax.nn.cache import (
   LAST_LIMIT,
   Cache,
@@ -80,6 +88,41 @@ def test_a_chunk_attends_to_what_it_overwrites():
   assert set(np.asarray(seen[0])) == {0, 1, 2, 3}
   assert keys.shape == values.shape == (2, 4, 1, 1)
   assert set(np.asarray(cache.positions[0])) == {2, 3}
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'middle', 'rotated'),
+  [
+    (Full(), None, True),
+    (Lambda(4, start=2, ceiling=False), None, True),
+    # What is told of a start key's distance is not its distance.
+    (Lambda(4, start=2), None, False),
+    # Middle keys are all told one distance.
+    (Lambda(4, start=2, ceiling=False), MiddleKeys(1, 0), False),
+  ],
+)
+def test_keys_are_rotated_once_where_that_is_final(pattern, middle, rotated):
+  sizes = SIZES | {'head_dim': 4}
+  cache = init_layer_cache(pattern, max_length=9, middle=middle, **sizes)
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(2, 5, h, 4))) for h in (2, 1))
+  positions = jnp.asarray([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2]])
+  _, cache = cache.attend(
+    q,
+    k,
+    k,
+    positions,
+    pattern=pattern,
+    position=RoPE(),
+    implementation='reference',
+  )
+  turned = RoPE().rotate(k, positions[..., None]) if rotated else k
+  for row, first in ((0, 0), (1, 2)):
+    held = dict(
+      zip(np.asarray(cache.positions[row]), cache.keys[row], strict=True)
+    )
+    for token in range(first, 5):
+      np.testing.assert_array_equal(held[token - first], turned[row, token])
 
 
 def test_next_positions_skip_padding_anywhere():
