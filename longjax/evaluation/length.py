@@ -247,8 +247,14 @@ def draw(
       (a + b) / 2 for a, b in zip(result.edges, result.edges[1:], strict=False)
     ]
     (line,) = axes.plot(centres, result.mean, label=label)
+    # Where models agree their bands lie on each other: faint enough to see by.
     axes.fill_between(
-      centres, result.low, result.high, color=line.get_color(), alpha=0.1
+      centres,
+      result.low,
+      result.high,
+      color=line.get_color(),
+      alpha=0.3 / len(results),
+      linewidth=0,
     )
   if trained_length is not None:
     axes.axvline(trained_length, color='grey', linestyle=':')
