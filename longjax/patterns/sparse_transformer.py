@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from longjax.patterns.base import Branch, Pattern, as_positions, check_integer
+from longjax.patterns.longnet import Dilated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,28 @@ class FixedSparse(Pattern):
       raise ValueError(
         f'FixedSparse summary {self.summary} is above its block {self.block}'
       )
+
+  @classmethod
+  def matching(cls, dilated: Dilated, length: int, block: int = 2048):
+    """The pattern of about the same cost at a length, in LongNet's accounting.
+
+    A query meets `Dilated.keys_per_query` there, and block + (length / block) c
+    here.
+
+    Raises:
+      ValueError: where no c from 1 to block makes them equal.
+    """
+    check_integer('length', length, 1)
+    check_integer('FixedSparse block', block, 1)
+    keys = dilated.keys_per_query()
+    summary = round((keys - min(block, length)) * block / length)
+    if not 1 <= summary <= block:
+      raise ValueError(
+        f'{dilated} has {keys:.0f} keys a query at length {length}: with '
+        f'blocks of {block} that takes a summary of {summary}, not one of '
+        f'1 ... {block}'
+      )
+    return cls(block, summary)
 
   @property
   def causal(self) -> bool:

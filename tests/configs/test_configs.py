@@ -20,6 +20,15 @@ ARGUMENTS = {
   'enwik8_longformer': ('', 'small', 'large', 'budget', 'small,runlocal'),
   'text8_longformer': ('', 'small', 'large', 'budget', 'runlocal'),
   'enwik8_longnet': ('', 'budget', 'runlocal'),
+  'longnet_stack': (
+    '',
+    'length=8192',
+    'dense,length=2048',
+    '350m,bytes',
+    '2.7b,rope',
+    'dense,runlocal',
+    'runlocal',
+  ),
   'enwik8_lm_infinite': ('', 'budget', 'runlocal'),
   'demo': ('', 'runlocal'),
   'text8_rope_lm_infinite': ('', 'runlocal'),
@@ -191,3 +200,30 @@ def test_a_config_refuses_keys_that_there_are_not():
   assert isinstance(config, ml_collections.ConfigDict)
   with pytest.raises(ValueError, match='of small, large and budget only one'):
     get_config('enwik8_longformer', 'large,budget')
+
+
+def test_longnet_has_the_papers_tokens_and_flops():
+  config = get_config('longnet_stack')
+  (stage,) = config.stages
+  assert stage['batch_size'] * stage['length'] == 524_288
+  assert stage['steps'] == 300_000
+  assert stage['ratios'] == (1, 2, 4, 6, 12)
+  # Table 2's batch sizes.
+  for length, batch in ((2048, 256), (8192, 64), (16384, 32)):
+    (stage,) = get_config('longnet_stack', f'length={length}').stages
+    assert stage['batch_size'] == batch
+  # Dense attention at 16K costs 2.4 times the FLOPs a token (figure 6).
+  (dense,) = get_config('longnet_stack', 'dense,length=16384').stages
+  assert 2.4 < 300_000 / dense['steps'] < 2.45
+  (dense,) = get_config('longnet_stack', 'dense,length=2048').stages
+  assert dense['steps'] == 300_000
+  (large,) = get_config('longnet_stack', '2.7b').stages
+  assert large['batch_size'] * large['length'] * large['steps'] / 1e9 == (
+    pytest.approx(300, abs=0.01)
+  )
+  with pytest.raises(ValueError, match="'3b' is not one of size, length"):
+    get_config('longnet_stack', '3b')
+  with pytest.raises(ValueError, match='size=3b is not one of 125m, 350m'):
+    get_config('longnet_stack', 'size=3b')
+  with pytest.raises(ValueError, match='length 1024 is below'):
+    get_config('longnet_stack', 'length=1024')
