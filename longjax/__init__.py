@@ -29,6 +29,8 @@ _PUBLIC = {
   'ALiBi': 'longjax.positions',
   'TransformerXL': 'longjax.positions',
   'DecoderLM': 'longjax.models',
+  'Longformer': 'longjax.models',
+  'LED': 'longjax.models',
 }
 _ROOMS = (
   'data',
@@ -40,6 +42,7 @@ _ROOMS = (
   'ops',
   'patterns',
   'positions',
+  'sharding',
   'training',
 )
 
