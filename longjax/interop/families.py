@@ -40,6 +40,7 @@ class Family:
   modules: our names of modules to theirs; (name, part, parts) where several
     share a tensor.
   ignored: tensors that are no parameters.
+  copies: names under which a tensor is stored once more, to its own.
   """
 
   model_type: str
@@ -49,6 +50,7 @@ class Family:
   layer: str
   modules: Mapping[str, str | tuple[str, int, int]]
   ignored: str = r'(?!)'
+  copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def tensor(self, path: tuple) -> Tensor:
     """The tensor of the parameter at `path` in the module's state."""

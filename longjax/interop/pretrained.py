@@ -318,7 +318,13 @@ def save_pretrained(
     name: sum(state[path].nbytes for path in parts.values())
     for name, parts in paths.items()
   }
-  weights.write(folder, sizes, gather, max_file_bytes)
+  sizes |= {copy: sizes[name] for copy, name in family.copies.items()}
+  weights.write(
+    folder,
+    sizes,
+    lambda name: gather(family.copies.get(name, name)),
+    max_file_bytes,
+  )
   named = {'dtype': dtype.name}
   if 'torch_dtype' in config:  # as it was called
     named['torch_dtype'] = dtype.name

@@ -19,6 +19,7 @@ and no row moves where a ratio does not divide its segment.
 Dropout is the caller's, by keyword: these models are loaded without.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -63,6 +64,7 @@ MODULES = {
   'tile_projection': 'patch_embed.proj',
   'norm': 'norm',
 }
+TIED = ('embedding', 'output')
 FIRST = 'layers.0.self_attn.q_proj.weight'
 # Buffers: fairseq's, xPos' scales and GigaPath's sinusoids.
 IGNORED = r'(^|\.)version$|\.xpos\.scale$|^pos_embed$'
@@ -242,8 +244,12 @@ def wanted(config: Config, model: nnx.Module):
       f'{type(model).__name__}'
     )
   _, abstract = pretrained.abstract_model(read(config), kind)
-  prefix = 'encoder.' if model_type == 'gigapath' else ''
-  return _names(model_type, prefix), abstract
+  names = _names(model_type, 'encoder.' if model_type == 'gigapath' else '')
+  if model_type == 'longnet_decoder' and model.output is None:
+    # torchscale has a tied read-out under both names.
+    own, other = (f'{MODULES[n].format("")}.weight' for n in TIED)
+    names = dataclasses.replace(names, copies={other: own})
+  return names, abstract
 
 
 def config_of_longnet(model: nnx.Module) -> dict:

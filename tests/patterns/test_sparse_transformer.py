@@ -25,6 +25,19 @@ def test_definition_row_by_row():
   assert got.max() == 1
 
 
+def test_drawn_as_defined():
+  plt = pytest.importorskip('matplotlib.pyplot')
+  pattern = BlockwiseCausal(8, FixedSparse(4, 1))
+  ax = pattern.draw(24, num_heads=4, head=2)
+  i = np.arange(24)
+  np.testing.assert_array_equal(
+    ax.images[0].get_array(), pattern.multiplicity(i[:, None], i, 2, 4)
+  )
+  # A block and the last, the keys of one sub-block of what is not its own.
+  assert ax.images[0].get_array().max() == 1
+  plt.close(ax.figure)
+
+
 def test_heads_take_distinct_sub_blocks():
   columns = FixedSparse(2048, 139).columns(12)
   assert len(set(columns)) == 12
