@@ -17,6 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from longjax.ops.pallas import mosaic_gpu_common as common
+from longjax.ops.pallas import mosaic_gpu_masks as masks
+from longjax.ops.pallas import mosaic_gpu_ring as ring
 from longjax.ops.pallas.contract import Operands, Spec
 from longjax.ops.pallas.mosaic_gpu_backward import backward
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig, check
@@ -140,9 +142,9 @@ def _scratch(spec, x, config):
   c, size, dtype = config, x.q.shape[-1], x.q.dtype
   copies = 1 + (x.prefix is not None and x.prefix.q is not None)
   scratch = dict(
-    q_s=common.smem((c.groups, copies, c.own, size), dtype, c.walk),
-    k_s=common.smem((c.stages, c.walk, size), dtype, c.walk),
-    v_s=common.smem((c.stages, c.walk, size), dtype, c.walk),
+    q_s=ring.smem((c.groups, copies, c.own, size), dtype, c.walk),
+    k_s=ring.smem((c.stages, c.walk, size), dtype, c.walk),
+    v_s=ring.smem((c.stages, c.walk, size), dtype, c.walk),
     lse_s=plgpu.SMEM((c.groups, c.own), jnp.float32),
     mine=plgpu.Barrier(num_barriers=c.groups, num_arrivals=copies),
     empty=plgpu.Barrier(num_barriers=c.stages, num_arrivals=c.groups),
@@ -159,7 +161,7 @@ def _scratch(spec, x, config):
   if c.alternates:
     scratch['turn'] = plgpu.Barrier(num_arrivals=c.groups)
   if c.p_in_smem:
-    scratch['p_s'] = common.smem((c.groups, c.own, c.walk), dtype, size)
+    scratch['p_s'] = ring.smem((c.groups, c.own, c.walk), dtype, size)
   return scratch
 
 
@@ -168,13 +170,13 @@ def shared_memory(
 ) -> int:
   """Bytes of shared memory that a program of `forward` asks for."""
   scratch = _scratch(spec, x, config or default_config(spec, x))
-  return common.shared_memory(scratch.values())
+  return ring.shared_memory(scratch.values())
 
 
 class _Walk(NamedTuple):
   """Where a program is, and its tiles: first those of the prefix."""
 
-  at: common.Interval
+  at: masks.Interval
   sequence: Any
   residue: Any
   residue_out: Any
@@ -196,9 +198,9 @@ def _walk(plan, ref):
   )
   residue = ref['residues'][head] if 'residues' in ref else residue_out
   rows, walk = plan.config.rows, plan.config.walk
-  at = common.interval(ref['where'], sequence, plan.num_keys)
+  at = masks.interval(ref['where'], sequence, plan.num_keys)
   first_query = tile * rows
-  first_tile, band = common.key_tiles(at, first_query, rows, walk)
+  first_tile, band = masks.key_tiles(at, first_query, rows, walk)
   prefix = ref['prefix_row'].shape[1] // walk if 'prefix_row' in ref else 0
   return _Walk(
     at,
@@ -258,14 +260,12 @@ def _memory(plan, ref, scratch, walk):
     else:
       from_band()
 
-  common.produce(
-    plan.config, walk.count, load, scratch['full'], scratch['empty']
-  )
+  ring.produce(plan.config, walk.count, load, scratch['full'], scratch['empty'])
 
 
 def _compute(plan, ref, scratch, walk, warpgroup):
   spec, config = plan.spec, plan.config
-  common.take_registers(config)
+  ring.take_registers(config)
   g, r, c, head = walk.sequence, walk.residue, walk.residue_out, walk.head
   first_query = walk.first_query + warpgroup * config.own
   rows = pl.ds(first_query, config.own)
@@ -282,7 +282,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
     q_ids = _of_rows(ref['q_ids'].at[g, r, rows])
   if 'q_words' in ref:
     q_words = _of_rows(ref['q_words'].at[g, c, head, rows])
-  whole = common.inside_tiles(walk.at, first_query, config.own, config.walk)
+  whole = masks.inside_tiles(walk.at, first_query, config.own, config.walk)
   plgpu.barrier_wait(mine)
 
   def change_turns():
@@ -303,18 +303,18 @@ def _compute(plan, ref, scratch, walk, warpgroup):
       scratch['k_s'].at[slot].T,
       change_turns,
     )
-    s, factor, _ = common.logits(spec, s)
+    s, factor, _ = masks.logits(spec, s)
     s = _masked(plan, ref, walk, s, first_query, j, in_prefix, whole)
     if q_ids is not None:
-      s = common.mask_ids(s, q_ids, _of_columns(scratch['ids_s'].at[slot]), 0)
+      s = masks.mask_ids(s, q_ids, _of_columns(scratch['ids_s'].at[slot]), 0)
     new = jnp.maximum(largest, s.max(axis=1) * factor)
     old = jnp.exp2(largest - new)
-    p = jnp.exp2(s * factor - common.wide(new, s.shape, 0))
+    p = jnp.exp2(s * factor - masks.wide(new, s.shape, 0))
     total = total * old + p.sum(axis=1)
     if q_words is not None:
       words = _of_columns(scratch['words_s'].at[slot])
-      p = common.drop(p, spec, q_words, words, 0)
-    acc = acc * common.wide(old, acc.shape, 0)
+      p = masks.drop(p, spec, q_words, words, 0)
+    acc = acc * masks.wide(old, acc.shape, 0)
     change_turns()
     acc = _add_product(
       config, acc, p.astype(q_s.dtype), scratch, warpgroup, slot
@@ -341,7 +341,7 @@ def _compute(plan, ref, scratch, walk, warpgroup):
   # A row that saw nothing has total 0; one with a NaN keeps it.
   none = total == 0.0
   share = jnp.where(none, 0.0, (1 / (1 - spec.dropout_rate)) / total)
-  q_s.at[0][...] = (acc * common.wide(share, acc.shape, 0)).astype(q_s.dtype)
+  q_s.at[0][...] = (acc * masks.wide(share, acc.shape, 0)).astype(q_s.dtype)
   lse_s[...] = jnp.where(none, -jnp.inf, largest * common.LN2 + jnp.log(total))
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(q_s.at[0], ref['out'].at[g, rows, c, head])
@@ -356,11 +356,11 @@ def _masked(plan, ref, walk, s, first_query, j, in_prefix, whole):
 
   def interval():
     # Read again: in registers, it would be there for the whole walk.
-    return common.interval(ref['where'], walk.sequence, plan.num_keys)
+    return masks.interval(ref['where'], walk.sequence, plan.num_keys)
 
   def edge(s):
     first_key = tile * plan.config.walk
-    return common.mask_interval(s, interval(), first_query, first_key, 0)
+    return masks.mask_interval(s, interval(), first_query, first_key, 0)
 
   def band(s):
     seen = (tile >= whole[0]) & (tile < whole[1])
@@ -373,7 +373,7 @@ def _masked(plan, ref, walk, s, first_query, j, in_prefix, whole):
       layout=common.COLUMN,
       optimized=False,
     )
-    return common.mask_prefix(
+    return masks.mask_prefix(
       s, interval(), first_query, row, 0, plan.spec.prefix_causal
     )
 
@@ -396,7 +396,7 @@ def _add_product(config, acc, p, scratch, warpgroup, slot):
   v = scratch['v_s'].at[slot]
   if config.p_in_smem:
     # All that the interpreter knows: a fresh accumulator, added in registers.
-    p = common.left_operand(p, scratch['p_s'].at[warpgroup])
+    p = ring.left_operand(p, scratch['p_s'].at[warpgroup])
     return acc + _product(acc.shape, p, v)
 
   def add(acc):

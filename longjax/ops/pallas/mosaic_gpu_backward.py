@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from longjax.ops.pallas import mosaic_gpu_backward_kernels as kernels
 from longjax.ops.pallas import mosaic_gpu_common as common
+from longjax.ops.pallas import mosaic_gpu_ring as ring
 from longjax.ops.pallas.contract import Gradients, Operands, Spec
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig
 
@@ -51,9 +52,7 @@ def default_configs(spec: Spec, x: Operands) -> tuple[GpuConfig, GpuConfig]:
     dkv = GpuConfig(walk=32)
     return dataclasses.replace(dkv, groups=1 if third else 2), dkv
   dq = GpuConfig(stages=2 if third and size == 128 else 4)
-  # The slope of the soft cap leaves few registers for the walk itself.
-  few = spec.soft_cap is not None and size > 64
-  return dq, GpuConfig(stages=2 if few else 4)
+  return dq, GpuConfig(stages=4)
 
 
 def backward(
@@ -261,7 +260,7 @@ def _scratch(spec, x, kernel, config, names):
   def tiles(*shape):
     # Both operands of a product have one swizzle, and some of these are
     # contracted over walked rows.
-    return common.smem(shape, dtype, c.walk, size)
+    return ring.smem(shape, dtype, c.walk, size)
 
   scratch = dict(
     own_s=tiles(c.groups, copies, c.own, size),
@@ -291,4 +290,4 @@ def shared_memory(
     ]
   names = _together(x.q.shape[-1])[0]
   scratch = _scratch(spec, x, kernel, config, names)
-  return common.shared_memory(scratch.values(), reductions=False)
+  return ring.shared_memory(scratch.values(), reductions=False)

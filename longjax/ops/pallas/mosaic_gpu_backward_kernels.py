@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longjax.ops.pallas import mosaic_gpu_common as common
+from longjax.ops.pallas import mosaic_gpu_masks as masks
+from longjax.ops.pallas import mosaic_gpu_ring as ring
 from longjax.ops.pallas.contract import Spec
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig
 
@@ -56,7 +58,7 @@ class _Place(NamedTuple):
   in_class: Any
   tile: Any
   residue: Any
-  at: common.Interval
+  at: masks.Interval
 
 
 def _place(plan, ref):
@@ -66,7 +68,7 @@ def _place(plan, ref):
   residue = 0 if plan.part else in_class
   if ref.get('residues') is not None:
     residue = ref['residues'][head]
-  at = common.interval(ref['where'], sequence, plan.num_keys)
+  at = masks.interval(ref['where'], sequence, plan.num_keys)
   return _Place(head, sequence, in_class, tile, residue, at)
 
 
@@ -96,19 +98,19 @@ def _differentiate(plan, q_axis, own, walked, hide, vector, wants_ds=True):
       is loaded does not lie in registers meanwhile.
   """
   spec = plan.spec
-  # Both products at once keep the tensor cores busier, but may take more
-  # registers than there are: beside the slope of the soft cap, for one.
-  at_once = spec.soft_cap is None and (plan.size <= 128 or q_axis == 1)
+  # Both products at once keep the tensor cores busier. Beside the sums of dK
+  # and dV and the slope of the soft cap there are no registers for both.
+  at_once = spec.soft_cap is None or q_axis == 0
   s, *dp = _products(own, walked, 1 + (wants_ds and at_once))
-  s, factor, slope = common.logits(spec, s)
-  p = hide(s) * factor - common.wide(vector('lse'), s.shape, q_axis)
+  s, factor, slope = masks.logits(spec, s)
+  p = hide(s) * factor - masks.wide(vector('lse'), s.shape, q_axis)
   p = jnp.exp2(p)
 
   def drop(y):
     if not spec.dropout_rate:
       return y
     words = vector('q_words'), vector('k_words')
-    return common.drop(y, spec, *words, q_axis)
+    return masks.drop(y, spec, *words, q_axis)
 
   dropped = drop(p)
   if not wants_ds:
@@ -116,7 +118,7 @@ def _differentiate(plan, q_axis, own, walked, hide, vector, wants_ds=True):
   if slope is not None:
     p = p * slope
   (dp,) = dp or _products(own[1:], walked[1:], 1)
-  delta = common.wide(vector('delta'), p.shape, q_axis)
+  delta = masks.wide(vector('delta'), p.shape, q_axis)
   return dropped, p * (drop(dp) - delta)
 
 
@@ -130,13 +132,11 @@ def _hide(plan, at, q_axis, first_query, first_key, vector):
   def hide(s):
     if first_key is None:
       row, causal = vector('prefix_row'), plan.spec.prefix_causal
-      s = common.mask_prefix(s, at, first_query, row, q_axis, causal)
+      s = masks.mask_prefix(s, at, first_query, row, q_axis, causal)
     else:
-      # Sums of head size 256 leave no registers for a second tile.
-      mask = common.mask_interval if plan.size > 128 else common.mask_band
-      s = mask(s, at, first_query, first_key, q_axis)
+      s = masks.mask_band(s, at, first_query, first_key, q_axis)
     if plan.ids:
-      s = common.mask_ids(s, vector('q_ids'), vector('k_ids'), q_axis)
+      s = masks.mask_ids(s, vector('q_ids'), vector('k_ids'), q_axis)
     return s
 
   return hide
@@ -171,12 +171,23 @@ def _consume(config, scratch, first, count, update):
   lax.fori_loop(first, first + count, step, None)
 
 
+def _own(own_s, numbers, j):
+  """Tiles of the program's own, addressed anew for walked tile j.
+
+  ptxas would find the address of each of their parts before the walk and hold
+  it in registers all along, 32 of them at head size 256. It cannot know that no
+  walk has 2^30 tiles.
+  """
+  none = lax.shift_right_logical(j, 30)
+  return [own_s.at[number + none] for number in numbers]
+
+
 def _factor(scratch, warpgroup, number, value, dtype):
   """The left operand of a product."""
   buffer = None
   if 'factors_s' in scratch:
     buffer = scratch['factors_s'].at[warpgroup, number]
-  return common.left_operand(value.astype(dtype), buffer)
+  return ring.left_operand(value.astype(dtype), buffer)
 
 
 def _write(value, buffer, target):
@@ -195,9 +206,7 @@ def dq(plan, ref, out, **scratch):
   # The last rows of a causal sequence have the longest walks: start with them.
   first_query = (plan.tiles - 1 - place.tile) * config.rows
   g, residue, head, at = place.sequence, place.residue, place.head, place.at
-  first_tile, count = common.key_tiles(
-    at, first_query, config.rows, config.walk
-  )
+  first_tile, count = masks.key_tiles(at, first_query, config.rows, config.walk)
   prefix_tiles = 0
   if 'prefix_k' in ref:
     prefix_tiles = pl.cdiv(ref['prefix_k'].shape[1], config.walk)
@@ -234,7 +243,7 @@ def dq(plan, ref, out, **scratch):
       from_band()
 
   def compute():
-    common.take_registers(config)
+    ring.take_registers(config)
     first = first_query + warpgroup * config.own
     rows, own_s = pl.ds(first, config.own), scratch['own_s'].at[warpgroup]
     mine = scratch['mine'].at[warpgroup]
@@ -261,19 +270,21 @@ def dq(plan, ref, out, **scratch):
       ds = _factor(scratch, warpgroup, 0, ds, own_s.dtype)
       plgpu.wgmma(acc, ds, walked[0])
 
-    def walk_prefix(acc, pair):
+    def walk_prefix(acc, numbers):
       def step(j, slot):
         keys = pl.ds(j * config.walk, config.walk)
         row = plgpu.load(
           ref['prefix_row'].at[g, keys], layout=common.COLUMN, optimized=False
         )
+        pair = _own(own_s, numbers, j)
         update(acc, pair, slot, None, dict(prefix_row=row))
 
       _consume(config, scratch, 0, prefix_tiles, step)
 
-    def walk_band(acc, pair):
+    def walk_band(acc, numbers):
       def step(j, slot):
         tile = first_tile + j - prefix_tiles
+        pair = _own(own_s, numbers, j)
         update(acc, pair, slot, tile * config.walk, {})
 
       _consume(config, scratch, prefix_tiles, count, step)
@@ -281,7 +292,7 @@ def dq(plan, ref, out, **scratch):
     def write(name, i, walks):
       def run(acc):
         for walk in walks:
-          walk(acc, (own_s.at[i], own_s.at[1]))
+          walk(acc, (i, 1))
         return acc[...]
 
       sums = pl.run_scoped(run, plgpu.ACC(own_s.shape[1:], jnp.float32))
@@ -299,7 +310,7 @@ def dq(plan, ref, out, **scratch):
   @pl.when(warpgroup == config.groups)
   def _():
     full, empty = scratch['full'], scratch['empty']
-    common.produce(config, prefix_tiles + count, load, full, empty)
+    ring.produce(config, prefix_tiles + count, load, full, empty)
 
   pl.when(warpgroup < config.groups)(compute)
 
@@ -318,7 +329,7 @@ def dkv(plan, ref, out, **scratch):
     tiles = pl.cdiv(plan.num_queries, config.walk) - first_tile
     tiles = jnp.minimum(tiles, plan.part)
   else:
-    first_tile, tiles = common.query_tiles(
+    first_tile, tiles = masks.query_tiles(
       at, first_row, config.rows, plan.num_queries, config.walk
     )
   warpgroup = lax.axis_index('warpgroup')
@@ -348,7 +359,7 @@ def dkv(plan, ref, out, **scratch):
         )
 
   def compute():
-    common.take_registers(config)
+    ring.take_registers(config)
     first = first_row + warpgroup * config.own
     rows, own_s = pl.ds(first, config.own), scratch['own_s'].at[warpgroup]
     mine = scratch['mine'].at[warpgroup]
@@ -368,14 +379,13 @@ def dkv(plan, ref, out, **scratch):
       own['prefix_row'] = _of_rows(ref['prefix_row'].at[g, rows])
     plgpu.barrier_wait(mine)
 
-    pair = [own_s.at[i] for i in range(2)]
-
     def update(sums, j, slot):
       _, first_query = place_of(j)
       walked = [scratch['walked_s'].at[slot, i] for i in range(2)]
       vector = _vectors(own, scratch, slot)
       first_key = None if prefix else first
       hide = _hide(plan, at, 1, first_query, first_key, vector)
+      pair = _own(own_s, range(2), j)
       p, ds = _differentiate(plan, 1, pair, walked, hide, vector, 'k' in sums)
       factors = dict(v=(p, walked[1]), k=(ds, walked[0]))
       for number, (name, acc) in enumerate(sums.items()):
@@ -404,6 +414,6 @@ def dkv(plan, ref, out, **scratch):
   @pl.when(warpgroup == config.groups)
   def _():
     full, empty = scratch['full'], scratch['empty']
-    common.produce(config, tiles * plan.share, load, full, empty)
+    ring.produce(config, tiles * plan.share, load, full, empty)
 
   pl.when(warpgroup < config.groups)(compute)

@@ -1,26 +1,20 @@
-"""What the Mosaic GPU kernels share: tiles, the ring, and who sees whom.
+"""What the Mosaic GPU kernels share: their tiles, and arrays about rows.
 
 A kernel's programs have `groups` compute warpgroups and one memory warpgroup.
 Each compute warpgroup owns `own` rows (queries going forward and for dQ, keys
 for dK and dV) and all of them walk the same tiles of `walk` rows, which the
-memory warpgroup brings into a ring of `stages` slots.
-
-A tile of logits is [own, walk]. `q_axis` says along which of its axes the
-queries lie: 0 going forward and for dQ, 1 for dK and dV, which work on the
-transposed tile so that its products need no transposed left operand.
+memory warpgroup brings into a ring of `stages` slots: `mosaic_gpu_ring`. Which
+of them there are, and what is seen of a tile, is in `mosaic_gpu_masks`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax._src import config as jax_config
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longjax.ops import dropout
@@ -38,6 +32,10 @@ LOWEST = -1e30
 SHARED_MEMORY = 232448
 HEAD_SIZES = (32, 64, 96, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float16)
+# Registers of a thread by number of compute warpgroups: memory, compute. Their
+# sum over all warpgroups must not exceed what the launch got (3 * 168 = 504,
+# 4 * 128 = 512), else the hardware waits for ever; nothing here checks it.
+REGISTERS = {1: None, 2: (24, 240), 3: (32, 160)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +68,9 @@ class GpuConfig:
         raise ValueError(
           f'{name} must be a positive multiple of {multiple}, got {value}'
         )
-    if self.groups not in _REGISTERS:
+    if self.groups not in REGISTERS:
       raise ValueError(
-        f'groups must be one of {(*_REGISTERS,)}, got {self.groups}'
+        f'groups must be one of {(*REGISTERS,)}, got {self.groups}'
       )
 
   @property
@@ -144,301 +142,7 @@ def check(spec: Spec, x: Operands) -> None:
     refuse(f'a prefix needs one residue, not {residues}')
 
 
-# --- Shared memory, registers and the ring -----------------------------------
-
-
-def smem(shape: tuple[int, ...], dtype, *others: int) -> Any:
-  """Tiles [..., rows, columns] in shared memory, as TMA and wgmma know them.
-
-  The widest swizzle whose width divides the columns: 64 of them, 32 or 16.
-
-  Args:
-    *others: columns of the tiles that these are multiplied with, or their own
-      rows if the product sums over them: all have to have the same swizzle.
-  """
-  columns = math.gcd(shape[-1], *others)
-  for swizzle in (128, 64, 32):
-    width = swizzle // jnp.dtype(dtype).itemsize
-    if columns % width == 0:
-      return plgpu.SMEM(
-        shape,
-        dtype,
-        transforms=(
-          plgpu.TilingTransform((8, width)),
-          plgpu.SwizzleTransform(swizzle),
-        ),
-      )
-  raise ValueError(f'{columns} columns are no multiple of {width}')
-
-
-def shared_memory(scratch, reductions: bool = True) -> int:
-  """Bytes that a program with these scratch types asks for.
-
-  Args:
-    reductions: whether it reduces along rows or columns.
-  """
-  sizes = [
-    math.prod(y.shape) * jnp.dtype(y.dtype).itemsize
-    for y in scratch
-    if not isinstance(y, plgpu.Barrier)
-  ]
-  # Every buffer starts at a multiple of 1024; reductions need 2048 more.
-  return sum(-(-size // 1024) * 1024 for size in sizes) + 2048 * reductions
-
-
-def left_operand(x, buffer=None):
-  """Values as the left operand of wgmma: as they are, or through a buffer."""
-  if buffer is None:
-    return x
-  buffer[...] = x
-  # Ordinary writes are visible to wgmma only after a fence.
-  plgpu.commit_smem()
-  return buffer
-
-
-# Registers of a thread by number of compute warpgroups: memory, compute. Their
-# sum over all warpgroups must not exceed what the launch got (3 * 168 = 504,
-# 4 * 128 = 512), else the hardware waits for ever; nothing here checks it.
-_REGISTERS = {1: None, 2: (24, 240), 3: (32, 160)}
-
-
-def take_registers(config: GpuConfig) -> None:
-  """Called first by each compute warpgroup."""
-  if _REGISTERS[config.groups]:
-    _, many = _REGISTERS[config.groups]
-    plgpu.set_max_registers(many, action='increase')
-
-
-def produce(
-  config: GpuConfig,
-  count,
-  load: Callable[[Any, Any, Any], None],
-  full,
-  empty,
-) -> None:
-  """The memory warpgroup's part: keeps the ring full.
-
-  Args:
-    count: tiles to bring.
-    load: given (j, slot, barrier), starts the copies of tile j to the slot.
-    full, empty: barriers of the slots.
-  """
-  if _REGISTERS[config.groups]:
-    few, _ = _REGISTERS[config.groups]
-    plgpu.set_max_registers(few, action='decrease')
-
-  def step(j, _):
-    slot = lax.rem(j, config.stages)
-
-    @pl.when(j >= config.stages)
-    def _():
-      plgpu.barrier_wait(empty.at[slot])
-
-    load(j, slot, full.at[slot])
-
-  def drain(j, _):
-    plgpu.barrier_wait(empty.at[lax.rem(j, config.stages)])
-
-  lax.fori_loop(0, count, step, None)
-  # Every phase of a barrier has to be observed.
-  lax.fori_loop(jnp.maximum(count - config.stages, 0), count, drain, None)
-
-
-# --- Intervals ---------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-  """A row of `where` in registers, `begin` and `end` within the keys.
-
-  Query row a sees key row b where -right <= a + shift - b <= left and
-  begin <= b < end. `stated` has left, right, begin and end as they stand: the
-  rows of prefix keys need not be among the keys.
-  """
-
-  left: jax.Array
-  right: jax.Array
-  shift: jax.Array
-  begin: jax.Array
-  end: jax.Array
-  stated: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-def interval(where, sequence, num_keys: int) -> Interval:
-  """Reads the interval of a sequence from the reference `where`."""
-  left, right, shift, begin, end = (
-    where[sequence, column]
-    for column in (
-      contract.LEFT,
-      contract.RIGHT,
-      contract.SHIFT,
-      contract.BEGIN,
-      contract.END,
-    )
-  )
-  stated = left, right, begin, end
-  # Bounds beyond all rows and keys say no more, and sums with them overflow.
-  far = contract.UNBOUNDED // 2
-  left = jnp.clip(left, shift - num_keys, shift + far)
-  right = jnp.clip(right, -shift - far, num_keys - shift)
-  begin, end = jnp.maximum(begin, 0), jnp.minimum(end, num_keys)
-  return Interval(left, right, shift, begin, end, stated)
-
-
-def key_tiles(at: Interval, first_query, num_queries: int, walk: int):
-  """(first tile, number) of the keys that these query rows can see."""
-  first = first_query + at.shift - at.left
-  last = first_query + num_queries - 1 + at.shift + at.right
-  return _tiles(
-    jnp.maximum(first, at.begin), jnp.minimum(last + 1, at.end), walk
-  )
-
-
-def query_tiles(
-  at: Interval, first_key, num_keys: int, num_queries: int, walk: int
-):
-  """(first tile, number) of the queries that can see these key rows.
-
-  Args:
-    num_keys: of these rows.
-    num_queries: of the sequence.
-  """
-  lo = jnp.maximum(first_key, at.begin)
-  hi = jnp.minimum(first_key + num_keys, at.end)
-  first = jnp.maximum(lo - at.shift - at.right, 0)
-  end = jnp.minimum(hi - at.shift + at.left, num_queries)
-  return _tiles(first, jnp.where(lo < hi, end, first), walk)
-
-
-def _tiles(first, end, walk):
-  """Tiles that hold the rows in [first, end), first >= 0."""
-  start = lax.div(first, walk)
-  count = lax.div(end + (walk - 1), walk) - start
-  return start, jnp.where(end > first, count, 0)
-
-
-# --- Who sees whom in a tile -------------------------------------------------
-
-
-def wide(y, tile: tuple[int, int], axis: int):
-  """A number for each row (axis 0) or column (1), as a tile."""
-  return lax.broadcast_in_dim(y, tile, [axis])
-
-
-def numbers(tile: tuple[int, int], axis: int):
-  """The row (axis 0) or column (1) of each entry."""
-  return plgpu.broadcasted_iota(jnp.int32, tile, axis, layout=TILE)
-
-
-def mask_band(s, at: Interval, first_query, first_key, q_axis: int):
-  """Logits [own, walk], -inf where the interval hides the key.
-
-  Tiles that lie in it wholly, which are most of a long walk, are left as they
-  are. A kernel short of registers compares the tile with `inside_tiles` and
-  reads the interval again where it calls `mask_interval`.
-  """
-  num_queries, num_keys = s.shape if q_axis == 0 else s.shape[::-1]
-  nearest = first_query + at.shift - first_key - (num_keys - 1)
-  furthest = first_query + at.shift - first_key + (num_queries - 1)
-  inside = (
-    (nearest >= -at.right)
-    & (furthest <= at.left)
-    & (first_key >= at.begin)
-    & (first_key + num_keys <= at.end)
-  )
-  return lax.cond(
-    inside,
-    lambda s: s,
-    lambda s: mask_interval(s, at, first_query, first_key, q_axis),
-    s,
-  )
-
-
-def inside_tiles(at: Interval, first_query, num_queries: int, walk: int):
-  """(first, end) of the tiles of keys that all of these queries see wholly."""
-  last_query = first_query + num_queries - 1
-  begin = jnp.maximum(last_query + at.shift - at.left, at.begin)
-  end = jnp.minimum(first_query + at.shift + at.right + 1, at.end)
-  begin, end = jnp.maximum(begin, 0), jnp.maximum(end, 0)
-  return lax.div(begin + (walk - 1), walk), lax.div(end, walk)
-
-
-def mask_interval(s, at: Interval, first_query, first_key, q_axis: int):
-  """`mask_band` for a tile that may be seen in part."""
-  # What each row sees is an interval of columns: two numbers of a row, found
-  # anew for each tile. Distances between rows and columns would be a tile that
-  # is the same all along the walk, and would lie in registers all along.
-  row = plgpu.broadcasted_iota(jnp.int32, s.shape[:1], 0, layout=ROW)
-  if q_axis == 0:
-    row = row + (first_query + at.shift - first_key)
-    first = jnp.maximum(row - at.left, at.begin - first_key)
-    last = jnp.minimum(row + at.right, at.end - first_key - 1)
-  else:
-    key = row + first_key
-    row = key - (first_query + at.shift)
-    exists = (key >= at.begin) & (key < at.end)
-    first = row - at.right
-    last = jnp.where(exists, row + at.left, -1)
-  column = numbers(s.shape, 1)
-  seen = (column >= wide(first, s.shape, 0)) & (
-    column <= wide(last, s.shape, 0)
-  )
-  return jnp.where(seen, s, -jnp.inf)
-
-
-def mask_prefix(s, at: Interval, first_query, row, q_axis: int, causal: bool):
-  """Logits [own, walk] of prefix keys, -inf where they are not seen.
-
-  Args:
-    row: of each prefix key; see `contract.Prefix`.
-  """
-  row = wide(row, s.shape, 1 - q_axis)
-  query = numbers(s.shape, q_axis) + (first_query + at.shift)
-  distance = query - row
-  left, right, begin, end = at.stated
-  in_band = (
-    (distance >= -right) & (distance <= left) & (row >= begin) & (row < end)
-  )
-  hidden = in_band | (row == contract.NOWHERE)
-  if causal:
-    hidden = hidden | (row > query)
-  return jnp.where(hidden, -jnp.inf, s)
-
-
-def mask_ids(s, q_ids, k_ids, q_axis: int):
-  """Logits, -inf where the (encoded) ids of query and key differ."""
-  q_ids = wide(q_ids, s.shape, q_axis)
-  k_ids = wide(k_ids, s.shape, 1 - q_axis)
-  return jnp.where(q_ids == k_ids, s, -jnp.inf)
-
-
-def drop(p, spec: Spec, q_words, k_words, q_axis: int):
-  """Zeros where dropout takes the weight; not scaled by 1 / (1 - rate)."""
-  keep = dropout.keep(
-    spec.dropout_rate,
-    wide(q_words, p.shape, q_axis),
-    wide(k_words, p.shape, 1 - q_axis),
-  )
-  return jnp.where(keep, p, 0.0)
-
-
-def logits(spec: Spec, s):
-  """(logits, factor, slope) of products q . k.
-
-  Logits times the scalar factor are in units of log 2. The slope, d logit / d
-  (scale * product), is None without a soft cap.
-  """
-  if spec.soft_cap is None:
-    return s, spec.scale * LOG2E, None
-  # tanh(y) = 1 - 2 / (1 + e^2y), to 21 bits: the approximate tanh of the
-  # hardware has 11. A reciprocal as a squared rsqrt is one instruction where a
-  # division is many.
-  t = jnp.exp2(s * (2 * spec.scale * LOG2E / spec.soft_cap))
-  root = lax.rsqrt(t + 1.0)
-  t = 1.0 - 2.0 * (root * root)
-  return t, spec.soft_cap * LOG2E, 1.0 - t * t
-
-
-# --- What is known of each query and key -------------------------------------
+# --- What is known of each query and key --------------------------------------
 
 
 def pad_rows(y, axis: int, multiple: int, value=0):

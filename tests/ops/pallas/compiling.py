@@ -59,25 +59,29 @@ class Kernel(NamedTuple):
   """What ptxas says of a Mosaic GPU kernel.
 
   registers are those of the launch, of which compute warpgroups then take
-  more and the memory warpgroup less. spills: bytes stored. shared_memory in
-  bytes. serialized: whether ptxas reports a potential loss of performance, as
-  where it puts waits between products or lets no registers be moved.
+  more and the memory warpgroup less. spills: bytes stored. serialized: whether
+  ptxas reports a potential loss of performance, as where it puts waits between
+  products or lets no registers be moved.
   """
 
   name: str
   registers: int
   spills: int
-  shared_memory: int
   serialized: bool
 
 
 class Program(NamedTuple):
-  """A compiled program: bytes of memory, text of its HLO, GPU kernels."""
+  """A compiled program: bytes of memory, text of its HLO, GPU kernels.
+
+  shared_memory: bytes of each kernel, in the order of their lowering, while
+  kernels are in that of ptxas.
+  """
 
   peak: int
   temporary: int
   text: str
   kernels: tuple[Kernel, ...] = ()
+  shared_memory: tuple[int, ...] = ()
 
 
 def gpu(f, *arguments) -> Program:
@@ -88,7 +92,11 @@ def gpu(f, *arguments) -> Program:
   """
   with _dumping() as log:
     program = _compile(_gpu_mesh(), f, arguments)
-  return program._replace(kernels=_kernels(log()))
+  text = log()
+  shared = re.findall(r'smem_scratch_bytes=(\d+)', text)
+  return program._replace(
+    kernels=_kernels(text), shared_memory=(*map(int, shared),)
+  )
 
 
 def tpu(kind: str, f, *arguments) -> Program:
@@ -163,12 +171,11 @@ def _kernels(log):
   names = re.findall(r"Compiling entry function '(\w+)'", log)
   registers = re.findall(r'Used (\d+) registers', log)
   spills = re.findall(r'stack frame, (\d+) bytes spill stores', log)
-  shared = re.findall(r'smem_scratch_bytes=(\d+)', log)
   # Of several kernels, they all say so then.
   serialized = 'Potential Performance Loss' in log
   kernels = tuple(
     Kernel(name, *map(int, numbers), serialized)
-    for name, *numbers in zip(names, registers, spills, shared, strict=True)
+    for name, *numbers in zip(names, registers, spills, strict=True)
   )
   if not kernels:
     raise AssertionError(f'the compiler said nothing of kernels:\n{log}')

@@ -3,12 +3,10 @@
 import contextlib
 
 import jax.numpy as jnp
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.ops.attention_tests import REFUSED_BY_KERNELS, AttentionTests
-
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+from tests.ops.pallas import interpreting
 
 
 class TestMosaicGpu(AttentionTests):
@@ -23,9 +21,8 @@ class TestMosaicGpu(AttentionTests):
 
   @contextlib.contextmanager
   def running(self):
-    try:
-      with plgpu.force_gpu_interpret_mode(INTERPRET):
-        yield
-    finally:
-      # An exception in one test must not be another's.
-      interpret_pallas_call.reset_gpu_interpret_mode_state()
+    with (
+      interpreting.interpreter(),
+      plgpu.force_gpu_interpret_mode(interpreting.INTERPRET),
+    ):
+      yield
