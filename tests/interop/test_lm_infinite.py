@@ -160,7 +160,7 @@ def test_the_readme_on_a_folder(tmp_path):
   blocks = re.findall(
     r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S
   )
-  (block,) = (block for block in blocks if 'load_pretrained' in block)
+  (block,) = (block for block in blocks if 'def continue_far' in block)
   names = {}
   exec(compile(block, 'README.md', 'exec'), names)
   text = names['continue_far'](tmp_path, 'once upon a time')
