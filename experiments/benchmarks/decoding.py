@@ -173,22 +173,26 @@ def report(record):
 
 
 def draw(record, path):
-  """Writes a picture: time of a token and memory against the text's length."""
+  """Writes a picture: time of a token (dashed: processor time) and memory
+  against the text's length."""
   from matplotlib import figure
 
   canvas = figure.Figure(figsize=(9, 3.6), layout='constrained')
-  for axes, (label, records, value, unit) in zip(
-    canvas.subplots(1, 3),
-    (
-      ('milliseconds per token', record['timings'], 'median_seconds', 1e-3),
-      ('cache (MB)', record['memory'], 'cache_bytes', 1e6),
-      ('peak memory (MB)', record['memory'], 'peak_bytes', 1e6),
-    ),
+  all_axes = canvas.subplots(1, 3)
+  for axes, label, records, value, unit in zip(
+    all_axes,
+    ('milliseconds per token', 'cache (MB)', 'peak memory (MB)'),
+    (record['timings'], record['memory'], record['memory']),
+    ('median_seconds', 'cache_bytes', 'peak_bytes'),
+    (1e-3, 1e6, 1e6),
     strict=True,
   ):
-    for who in (BOUNDED, WHOLE):
+    for who, color in ((BOUNDED, 'C0'), (WHOLE, 'C1')):
       values = np.array(column(records, value, who)) / unit
-      axes.plot(record['lengths'], values, marker='o', label=who)
+      axes.plot(record['lengths'], values, color, marker='o', label=who)
+      if axes is all_axes[0]:
+        values = np.array(column(records, 'median_cpu_seconds', who)) / unit
+        axes.plot(record['lengths'], values, color, linestyle='--')
     axes.set_xscale('log', base=2)
     axes.set(xlabel='tokens in the text', ylabel=label)
     axes.set_ylim(bottom=0)
