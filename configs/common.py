@@ -321,7 +321,14 @@ def measurements(
   )
   for task in ('passkey', 'key_value'):
     config[task] = ml_collections.ConfigDict(
-      dict(lengths=(0,), depths=(0.1, 0.5, 0.9), samples=0)
+      dict(
+        lengths=(0,),
+        depths=(0.1, 0.5, 0.9),
+        samples=0,
+        # k of LM-Infinite's top-k, measured beside the variants; 0: not.
+        middle_keys=0,
+        middle_first_layer=4,
+      )
     )
   config.overlap = ml_collections.ConfigDict(
     dict(milestones=(trained_length,), tokens=100, documents=0)

@@ -9,7 +9,7 @@ trained. The workdir gets
   streaming.json, .png          figure 4: one text without end, by chunks
   passkey.json, .png            table 2: a number hidden in a text, asked for
   key_value.json, .png          the same with one of many pairs
-  overlap.json                  table 3: continuations after milestones
+  overlap.json, .png            table 3: continuations after milestones
 
 Measurements that are finished are kept, and not done again; `streaming`, which
 may take days, goes on where it was.
@@ -35,6 +35,7 @@ import longjax
 from experiments.subject import Subject
 from longjax.evaluation import length as evaluation
 from longjax.evaluation import overlap, retrieval
+from longjax.ops.middle import MiddleKeys
 from longjax.training.checkpoint import Checkpoints
 
 
@@ -99,6 +100,7 @@ class _Run:
       raise ValueError(
         f'config.variants {sorted(unknown)} are not in {list(known)}'
       )
+    self.known = known
     self.variants = {label: known[label] for label in config.variants}
     self.subject = Subject(config)
     self._models = {}
@@ -107,7 +109,7 @@ class _Run:
   def model(self, label):
     # One at a time: a real model fills the memory.
     if label not in self._models:
-      pattern = self.variants[label]
+      pattern = self.known[label]
       if isinstance(pattern, Afresh):
         pattern = longjax.Full()
       self._models.clear()
@@ -190,7 +192,8 @@ class _Run:
       curves,
       self.workdir / 'loss_by_position.png',
       trained_length=trained,
-      title=f'{pathlib.Path(self.config.model.path).stem}, {documents} texts',
+      title=f'{pathlib.Path(self.config.model.path).stem}, {documents} text'
+      + 's' * (documents > 1),
       limit=min(min(curve.mean) for curve in curves.values()) + 3,
     )
     return {k: r['beyond_trained_length'] for k, r in results.items()}
@@ -221,10 +224,6 @@ class _Run:
   def streaming(self):
     """Figure 4: loss, time and memory along one text, with LM-Infinite."""
     label = 'LM-Infinite'
-    model = self.config.model
-    self.variants.setdefault(
-      label, variants(model.trained_length, model.start)[label]
-    )
     results = self.finished('streaming')
     if not results.get(label, {}).get('finished'):
       self._stream(label)
@@ -255,7 +254,7 @@ class _Run:
     cache = model.init_cache(1, max_length=length - 1)
     done = 0
     result = {
-      'pattern': str(self.variants[label]),
+      'pattern': str(self.known[label]),
       'repeats_of_text': length / len(tokens),
       'cache_bytes': sum(x.nbytes for x in jax.tree.leaves(cache)),
       'begun_at': [],
@@ -305,10 +304,16 @@ class _Run:
 
   def _retrieval(self, name):
     settings, results = self.config[name], self.finished(name)
-    for label in self.patterns():
+    middles = dict.fromkeys(self.patterns())
+    if settings.middle_keys:
+      middles[f'LM-Infinite, top {settings.middle_keys}'] = MiddleKeys(
+        settings.middle_keys, settings.middle_first_layer
+      )
+    for label, middle_keys in middles.items():
       if label in results:
         continue
-      model, found = self.model(label), {}
+      model = self.model('LM-Infinite' if middle_keys else label)
+      found = {}
       grid = list(itertools.product(settings.lengths, settings.depths))
       for length, depth in tqdm(grid, desc=f'{name}, {label}'):
         found[f'{length},{depth}'] = retrieval.accuracy(
@@ -319,6 +324,7 @@ class _Run:
           depth=depth,
           samples=settings.samples,
           seed=self.config.seed,
+          middle_keys=middle_keys,
         )
       mean = float(np.mean([*found.values()]))
       results[label] = {'found': found, 'mean': mean}
@@ -353,6 +359,7 @@ class _Run:
           'first': generated[0],
         }
       self.write('overlap', results)
+    overlap.draw(results, self.workdir / 'overlap.png')
     return {
       label: {milestone: row['rouge_l'] for milestone, row in rows.items()}
       for label, rows in results.items()

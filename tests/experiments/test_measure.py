@@ -62,6 +62,7 @@ def test_every_measurement(pretrained, tmp_path):
   config.variants = (*config.variants, 'independent blocks')
   for task in (config.passkey, config.key_value):
     task.update(lengths=(500,), depths=(0.5,), samples=1)
+  config.passkey.update(middle_keys=2, middle_first_layer=0)
   config.overlap.update(milestones=(20, 60), tokens=10, documents=2)
   result = measure.measure(config, tmp_path)
   assert result.keys() == {
@@ -87,7 +88,8 @@ def test_every_measurement(pretrained, tmp_path):
   stream = stream['results']['LM-Infinite']
   assert len(stream['nats']) == 10 and stream['repeats_of_text'] > 1
   assert stream['begun_at'] == [0] and stream['cache_bytes'] > 0
-  for name in result.keys() - {'overlap'}:
+  assert 'LM-Infinite, top 2' in result['passkey']
+  for name in result:
     picture = (tmp_path / f'{name}.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
 
