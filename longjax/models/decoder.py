@@ -19,6 +19,7 @@ from longjax.nn.embedding import (
   relative_embedding,
   token_positions,
 )
+from longjax.nn.memory import check_remat, checkpointed
 from longjax.nn.transformer import (
   Block,
   make_norm,
@@ -71,7 +72,9 @@ class DecoderLM(nnx.Module):
     zero_init_outputs: bool = False,
     dropout_rate: float = 0.0,
     attention_dropout_rate: float = 0.0,
-    remat: bool = False,
+    remat: bool | str = False,
+    mlp_piece: int | None = None,
+    scan_layers: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     implementation: str | None = None,
@@ -112,7 +115,12 @@ class DecoderLM(nnx.Module):
         embeddings, after the output projection of attention, after the
         activation and the output of the MLP, and on the final hidden state.
       attention_dropout_rate: on the attention weights.
-      remat: recompute each block in the backward pass instead of storing it.
+      remat: what the backward pass computes again: a name in
+        `longjax.nn.memory.POLICIES`; True for all of each block.
+      mlp_piece: positions of the MLP at a time, which the backward pass
+        computes again; None for all, kept.
+      scan_layers: a loop over the layers, which then must have one pattern and
+        position: compiled once instead of for each.
       dtype: of the activations; norms and logits are float32.
       param_dtype: of the parameters.
       implementation: passed to `longjax.attention`.
@@ -158,11 +166,21 @@ class DecoderLM(nnx.Module):
     if isinstance(position, str) and position in ABSOLUTE_POSITIONS:
       self.absolute, position = position, None
     layer_positions = per_layer('position', position, num_layers)
+    if (
+      scan_layers
+      and len(set(zip(self.patterns, layer_positions, strict=True))) > 1
+    ):
+      raise ValueError(
+        'scan_layers needs one pattern and position for all layers, got '
+        f'{self.patterns} and {layer_positions}'
+      )
     self.max_positions = max_positions
     self.scale_embedding = scale_embedding
     self.logit_soft_cap = logit_soft_cap
     self.dropout_rate = dropout_rate
+    check_remat(remat)
     self.remat = remat
+    self.scan_layers = scan_layers
     self.dtype = jnp.dtype(dtype)
 
     init = kernel_init = value_init = nnx.initializers.normal(INIT_STD)
@@ -201,6 +219,7 @@ class DecoderLM(nnx.Module):
         mlp_bias=mlp_bias,
         dropout_rate=dropout_rate,
         attention_dropout_rate=attention_dropout_rate,
+        mlp_piece=mlp_piece,
         kernel_init=kernel_init,
         value_init=value_init,
         output_init=(
@@ -284,6 +303,21 @@ class DecoderLM(nnx.Module):
       )
     if cache is not None:
       return self._stream(tokens, segment_ids, positions, dropout_key, cache)
+    return self.read_out(
+      self.hidden(
+        tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        dropout_key=dropout_key,
+      )
+    )
+
+  def hidden(self, tokens, *, segment_ids=None, positions=0, dropout_key=None):
+    """What `read_out` makes logits of; arguments as of a call.
+
+    Returns:
+      [batch, length, features].
+    """
     if jnp.ndim(positions) > 1:
       raise ValueError(
         'positions must be that of the first token, an int or int [batch], '
@@ -304,16 +338,34 @@ class DecoderLM(nnx.Module):
       )
       relative = dataclasses.replace(relative, embeddings=embeddings)
     x = self._embed(tokens, segment_ids, each, dropout_key)
-    for layer, block in enumerate(self.layers):
-      run = functools.partial(
+
+    def run(block, number, x):
+      call = functools.partial(
         block,
         relative=relative,
         segment_ids=segment_ids,
         positions=positions,
-        dropout_key=fold_in(dropout_key, layer),
+        dropout_key=fold_in(dropout_key, number),
       )
-      x = (jax.checkpoint(run) if self.remat else run)(x)
-    return self._logits(x, dropout_key)
+      return checkpointed(call, self.remat)(x)
+
+    if self.scan_layers:
+      x = self._scan(run, x)
+    else:
+      for number, block in enumerate(self.layers):
+        x = run(block, number, x)
+    return self._finish(x, dropout_key)
+
+  def _scan(self, run, x):
+    """`run` of all layers, which differ in their parameters only."""
+    graphs, states = zip(*map(nnx.split, self.layers), strict=True)
+    stacked = jax.tree.map(lambda *y: jnp.stack(y), *states)
+
+    def one(x, layer):
+      number, state = layer
+      return run(nnx.merge(graphs[0], state), number, x), None
+
+    return jax.lax.scan(one, x, (jnp.arange(len(graphs)), stacked))[0]
 
   def _stream(self, tokens, segment_ids, positions, dropout_key, cache):
     """`__call__` with a cache."""
@@ -340,7 +392,7 @@ class DecoderLM(nnx.Module):
         x, relative=relative, positions=positions, cache=layer_cache
       )
       layers.append(layer_cache)
-    logits = self._logits(x, None)
+    logits = self.read_out(self._finish(x, None))
     overflowed = cache.overflowed(lengths)[:, None, None]
     logits = jnp.where(overflowed, jnp.nan, logits)
     return logits, Cache(tuple(layers), lengths, cache.limit)
@@ -427,11 +479,14 @@ class DecoderLM(nnx.Module):
     key = fold_in(dropout_key, len(self.layers) + 1)
     return dropout(x, self.dropout_rate, key)
 
-  def _logits(self, x, dropout_key):
+  def _finish(self, x, dropout_key):
     if self.final_norm is not None:
       x = self.final_norm(x).astype(self.dtype)
     key = fold_in(dropout_key, len(self.layers) + 2)
-    x = dropout(x, self.dropout_rate, key)
+    return dropout(x, self.dropout_rate, key)
+
+  def read_out(self, x):
+    """Logits float32 [batch, length, vocab_size] of `hidden`'s result."""
     table = self.embedding.embedding if self.output is None else self.output
     logits = jnp.einsum(
       'btf,vf->btv',

@@ -9,6 +9,7 @@ from flax import nnx
 
 from longjax.nn.attention import NORMAL_INIT, Attention
 from longjax.nn.embedding import check_rate, dropout, fold_in
+from longjax.nn.memory import in_pieces
 
 
 def _gelu(x):
@@ -195,6 +196,7 @@ class Block(nnx.Module):
     sub_norm: bool = False,
     parallel: bool = False,
     mlp: str = 'gelu',
+    mlp_piece: int | None = None,
     qk_norm: bool = False,
     attention_bias: bool = False,
     mlp_bias: bool = False,
@@ -211,11 +213,16 @@ class Block(nnx.Module):
     """Args are those of `Attention`, `MLP` and `make_norm`, besides:
 
     mlp_features: 4 * features by default.
+    mlp_piece: positions of the MLP at a time, which the backward pass computes
+      again; None for all, kept.
     value_init: initializer of the value projection and of the MLP's first one,
       if another.
     """
     self.dtype = jnp.dtype(dtype)
     self.dropout_rate = dropout_rate
+    if mlp_piece is not None and mlp_piece < 1:
+      raise ValueError(f'mlp_piece must be at least 1, got {mlp_piece}')
+    self.mlp_piece = mlp_piece
     mlp_features = 4 * features if mlp_features is None else mlp_features
 
     def make_own_norm(width=features):
@@ -282,8 +289,13 @@ class Block(nnx.Module):
     if cache is not None:
       mixed, cache = mixed
     x = x + dropout(mixed, self.dropout_rate, dropout_key, 1)
-    if self.mlp_norm is not None:
-      normed = self.mlp_norm(x).astype(self.dtype)
-    hidden = self.mlp(normed, fold_in(dropout_key, 2))
-    x = x + dropout(hidden, self.dropout_rate, dropout_key, 3)
+
+    def add_mlp(number, x, normed):
+      key = fold_in(dropout_key, number) if self.mlp_piece else dropout_key
+      if self.mlp_norm is not None:
+        normed = self.mlp_norm(x).astype(self.dtype)
+      hidden = self.mlp(normed, fold_in(key, 2))
+      return x + dropout(hidden, self.dropout_rate, key, 3)
+
+    x = in_pieces(add_mlp, self.mlp_piece, x, normed)
     return x if cache is None else (x, cache)

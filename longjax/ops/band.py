@@ -106,7 +106,7 @@ def backward(
   delta: Float[Array, 'B C K R T'],
   dout: Float[Array, 'B C K R T E'],
 ) -> Operands:
-  """Cotangents of the operands, in float32.
+  """Cotangents of the operands: of queries in their dtype, else in float32.
 
   Args:
     lse: of the final result, into which this one may have been merged.
@@ -168,8 +168,8 @@ def backward(
       config, arrays, columns, walk, i, visit, state
     )
     if drelative is not None:
-      drelative = flat(drelative, 4)
-    return sums, (flat(dq, 4), drelative)
+      drelative = flat(drelative, 4).astype(x.q.dtype)
+    return sums, (flat(dq, 4).astype(x.q.dtype), drelative)
 
   sums = _Sums(zeros(x.k), zeros(x.v), zeros(x.table), zeros(x.slopes))
   sums, (dq, drelative) = _each_block(one_block, sums, len(walk.first))

@@ -2,11 +2,20 @@
 
 import dataclasses
 
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from longjax.ops.coordinates import Coordinates
 from longjax.patterns import Pattern
 from longjax.positions import Position
+
+# What `jax.checkpoint` may keep of attention, by these names.
+SAVED = ('attention_out', 'attention_lse')
+
+
+def named(out, lse):
+  """(out, lse) under their names."""
+  return tuple(map(checkpoint_name, (out, lse), SAVED))
 
 
 @dataclasses.dataclass(frozen=True)

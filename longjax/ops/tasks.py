@@ -299,9 +299,10 @@ class BranchTask(_Task):
     if branch.offsets is not None:
       per_segment = -(-branch.segment // stride)
       span = per_segment if branch.right == 0 else 2 * per_segment
-      return views.Thinned(
-        *sizes, branch.segment, stride, branch.offsets, offsets
-      ), span
+      thinning = *sizes, branch.segment, stride, branch.offsets
+      if offsets == (None, None):
+        return views.Sliced(*thinning), span
+      return views.Thinned(*thinning, offsets), span
     left, right = branch.steps()
     if branch.columns is not None:
       return views.Columns(

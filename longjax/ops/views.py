@@ -254,16 +254,94 @@ class Thinned(Taken):
     else:
       # Whatever the offset: one row more for every segment border.
       count = (length - 1) // self._ratio + (length - 1) // self._segment + 3
-    xp = np if isinstance(offset, int) else jnp
-    number = self._number(offset) + xp.arange(count)
+    # Computed by the program: constants as long as the sequence would take
+    # memory for themselves, and long to compile.
+    number = self._number(offset) + jnp.arange(count, dtype=jnp.int32)
     within = number % self._per_segment * self._ratio + head
     slot = number // self._per_segment * self._segment + within - offset
     valid = (within < self._segment) & (slot >= 0) & (slot < length)
-    index = xp.where(valid, slot, -1)
-    position = offset + xp.arange(length)
+    index = jnp.where(valid, slot, -1)
+    position = offset + jnp.arange(length, dtype=jnp.int32)
     kept = position % self._segment % self._ratio == head
-    inverse = xp.where(kept, self._number(position) - self._number(offset), -1)
-    return jnp.asarray(index, jnp.int32), jnp.asarray(inverse, jnp.int32)
+    inverse = jnp.where(kept, self._number(position) - self._number(offset), -1)
+    return index, inverse
+
+
+class Sliced(Identity):
+  """`Thinned` for queries and keys that both start at position 0: no indices.
+
+  Rows are cut into groups of `ratio`, one of which is a head's own. It is
+  picked by a sum with one term and put back by a choice, which compilers join
+  with what is computed before and after.
+  """
+
+  def __init__(self, num_queries, num_keys, segment, ratio, head_offsets):
+    # A single segment is no longer than what it holds.
+    self._segment = min(segment, max(num_queries, num_keys))
+    self._ratio, self._offsets = ratio, np.asarray(head_offsets)
+    self._per_segment = -(-self._segment // ratio)
+    self._num_queries = num_queries
+    super().__init__(
+      self._segments(num_queries) * self._per_segment,
+      self._segments(num_keys) * self._per_segment,
+      len(head_offsets),
+      1,
+    )
+
+  def queries(self, x):
+    return super().queries(self._pick(x))
+
+  def keys(self, x):
+    return super().keys(self._pick(x))
+
+  def restore(self, y, fill):
+    y = super().restore(y, fill)[:, :, None]
+    y = jnp.where(self._own(self._ratio, y.ndim), y, fill)
+    batch, _, _, *rest = y.shape
+    y = y.reshape(batch, -1, self._per_segment * self._ratio, *rest)
+    y = y[:, :, : self._segment].reshape(batch, -1, *rest)
+    return y[:, : self._num_queries]
+
+  def query_values(self, x, fill):
+    x = self._groups(x, fill)[:, :, self._offsets]
+    return x.swapaxes(1, 2)[:, None, :, None]
+
+  key_values = query_values
+
+  def first_row(self, slot):
+    within = slot % self._segment // self._ratio
+    return slot // self._segment * self._per_segment + within
+
+  last_row = first_row
+
+  def _segments(self, length):
+    return -(-length // self._segment)
+
+  def _groups(self, x, fill):
+    """[B, length, ...] -> [B, rows, those of `ratio` that any head keeps]."""
+
+    def pad(x, axis, size):
+      widths = [(0, 0)] * x.ndim
+      widths[axis] = (0, size - x.shape[axis])
+      return jnp.pad(x, widths, constant_values=fill)
+
+    batch, length, *rest = x.shape
+    count = self._segments(length)
+    x = pad(x, 1, count * self._segment)
+    x = x.reshape(batch, count, self._segment, *rest)
+    x = pad(x, 2, self._per_segment * self._ratio)
+    x = x.reshape(batch, count * self._per_segment, self._ratio, *rest)
+    return x[:, :, : self._offsets.max() + 1]
+
+  def _own(self, count, ndim):
+    """[count, heads, ...]: whether a row of its group is a head's own."""
+    own = np.arange(count)[:, None] == self._offsets
+    return own.reshape(*own.shape, *(1,) * (ndim - 4))
+
+  def _pick(self, x):
+    x = self._groups(x, 0)
+    own = self._own(x.shape[2], x.ndim)
+    return jnp.where(own, x, 0).sum(2, dtype=x.dtype)
 
 
 class Columns(Taken):

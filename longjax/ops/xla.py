@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longjax.ops.call import Call
+from longjax.ops.call import Call, named
 from longjax.ops.encode import encode, put_heads, take_apart, take_heads
 from longjax.ops.merge import merge
 from longjax.ops.tasks import tasks_of
@@ -46,6 +46,7 @@ def _forward(static, x, auxiliary):
   for task in tasks_of(static, x, auxiliary):
     if task.distance not in encoded:
       encoded[task.distance] = encode(static, x, auxiliary, task.distance)
+    encoded, merged, parts = _one_at_a_time(encoded, merged, parts)
     part = task.forward(encoded[task.distance], x.position, auxiliary)
     if static.pattern.detached:
       parts.append(part)
@@ -68,42 +69,42 @@ def _forward(static, x, auxiliary):
   if static.pattern.detached:
     merged = merge(parts)
   out, lse = merged
-  out = out.astype(x.q.dtype)
-  outs = [part[0] for part in parts]
+  out, lse = named(out.astype(x.q.dtype), lse)
+  outs = [named(*part)[0] for part in parts]
   return (out, lse), (x, auxiliary, out, lse, outs)
 
 
 def _backward(static, residuals, cotangents):
   x, auxiliary, out, lse, outs = residuals
   dout, dlse = cotangents
-  dout = dout.astype(lse.dtype)
   # A row that sees nothing has no softmax denominator to speak of.
   dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)
   delta = _row_sum(dout, out) - dlse
 
-  encoded, sums, dposition = {}, {}, None
+  encoded, pulls, sums, dposition = {}, {}, {}, None
   for number, task in enumerate(tasks_of(static, x, auxiliary)):
     if task.distance not in encoded:
       show = functools.partial(
         encode, static, auxiliary=auxiliary, distance=task.distance
       )
-      encoded[task.distance] = jax.vjp(show, x)
+      encoded[task.distance], pulls[task.distance] = jax.vjp(show, x)
+    encoded, sums, dout = _one_at_a_time(encoded, sums, dout)
     if static.pattern.detached:
       # With the weights held fixed, each part answers for itself.
       delta = _row_sum(dout, outs[number]) - dlse
     d, dp = task.backward(
-      encoded[task.distance][0], x.position, auxiliary, lse, delta, dout
+      encoded[task.distance], x.position, auxiliary, lse, delta, dout
     )
     old = sums.get(task.distance)
     sums[task.distance] = d if old is None else _add(old, d)
     dposition = dp if dposition is None else _add(dposition, dp)
 
   dx = None
-  for distance, (value, pull) in encoded.items():
+  for distance, value in encoded.items():
     cotangent = jax.tree.map(
       lambda d, y: d.astype(y.dtype), sums[distance], value
     )
-    (d,) = pull(cotangent)
+    (d,) = pulls[distance](cotangent)
     dx = d if dx is None else _add(dx, d)
   dx = dx._replace(position=_add(dx.position, dposition))
   return dx, None
@@ -113,9 +114,25 @@ _attend.defvjp(_forward, _backward)
 _attend_jit = jax.jit(_attend, static_argnums=0)
 
 
+def _one_at_a_time(*trees):
+  """Arrays that exist only once all of them do.
+
+  What the next task needs waits for the last one's result, lest the buffers of
+  all tasks exist at the same time.
+  """
+  # Distances, which are keys here, have no order, as JAX wants of dicts.
+  arrays = [list(x.values()) if isinstance(x, dict) else x for x in trees]
+  arrays = jax.lax.optimization_barrier(arrays)
+  return tuple(
+    dict(zip(x, y, strict=True)) if isinstance(x, dict) else y
+    for x, y in zip(trees, arrays, strict=True)
+  )
+
+
 def _add(a, b):
   return jax.tree.map(jnp.add, a, b)
 
 
 def _row_sum(dout, out):
-  return (dout * out.astype(dout.dtype)).sum(axis=-1)
+  dtype = jnp.promote_types(dout.dtype, jnp.float32)
+  return (dout.astype(dtype) * out.astype(dtype)).sum(axis=-1)

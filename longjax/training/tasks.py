@@ -14,6 +14,7 @@ from flax import nnx
 from longjax import data
 from longjax.evaluation import bits_per_character
 from longjax.models import DecoderLM
+from longjax.training.loss import next_token_losses
 from longjax.training.settings import Settings
 from longjax.training.stages import Stage
 
@@ -85,11 +86,8 @@ class LanguageModelling:
 
   def loss(self, model: nnx.Module, batch: Mapping, dropout_key):
     """Mean negative log-likelihood in nats of tokens `[batch, length + 1]`."""
-    tokens = batch['tokens']
-    logits = model(tokens[:, :-1], dropout_key=dropout_key)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)
-    return -chosen.mean()
+    losses = next_token_losses(model, batch['tokens'], dropout_key=dropout_key)
+    return losses.mean()
 
   def score(
     self,

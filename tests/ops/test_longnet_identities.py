@@ -16,7 +16,7 @@ import pytest
 import longjax
 from longjax import Dilated
 from longjax.ops import merge
-from longjax.ops.views import Thinned
+from longjax.ops.views import Sliced, Thinned
 from tests.ops import dense
 from tests.ops.helpers import QUICK, assert_close, normal, qkv
 
@@ -448,9 +448,14 @@ def test_a_log_sum_of_exactly_0_is_no_missing_row(rule):
 @pytest.mark.parametrize(
   ('w', 'r', 'rule'), [(8, 2, 'paper'), (10, 3, 'torchscale')]
 )
-def test_a13_15_thinning_and_putting_back_are_adjoint(w, r, rule):
+@pytest.mark.parametrize(
+  'make_view',
+  [Sliced, functools.partial(Thinned, offsets=(None, None))],
+  ids=['sliced', 'thinned'],
+)
+def test_a13_15_thinning_and_putting_back_are_adjoint(w, r, rule, make_view):
   offsets = tuple(offset(rule, j, r) for j in range(HEADS))
-  view = Thinned(LENGTH, LENGTH, w, r, offsets, (None, None))
+  view = make_view(LENGTH, LENGTH, w, r, offsets)
   x = INPUTS[0]
   kept = np.array([[i % w % r == s for s in offsets] for i in range(LENGTH)])[
     None, :, :, None
@@ -460,7 +465,7 @@ def test_a13_15_thinning_and_putting_back_are_adjoint(w, r, rule):
   y = normal(5, *thin.shape)
   back = view.restore(y, 0)
   np.testing.assert_allclose((thin * y).sum(), (x * back).sum(), rtol=1e-5)
-  # The hand-written gradient of thinning is putting back.
+  # The gradient of thinning is putting back.
   _, pull = jax.vjp(view.queries, x)
   np.testing.assert_array_equal(pull(y)[0], back)
 

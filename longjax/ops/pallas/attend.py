@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longjax.ops.call import Call
+from longjax.ops.call import Call, named
 from longjax.ops.encode import Differentiable, encode, take_apart
 from longjax.ops.merge import merge
 from longjax.ops.pallas.parts import Shown, differentiable, parts_of
@@ -143,9 +143,9 @@ def _forward(kernels, static, x, auxiliary):
     nobody = (auxiliary.where.q_abs < 0)[:, :, None]
     out = jnp.where(nobody[..., None], 0, out)
     lse = jnp.where(nobody, -jnp.inf, lse)
-  out = out.astype(x.q.dtype)
+  out, lse = named(out.astype(x.q.dtype), lse)
   if static.pattern.detached:
-    outs = [out for _, out, _ in results]
+    outs = [named(*result)[0] for _, *result in results]
   return (out, lse), (x, auxiliary, out, lse, outs)
 
 

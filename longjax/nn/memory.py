@@ -1,0 +1,77 @@
+"""What a training step keeps for its backward pass, and what it computes again.
+
+Ways to trade time for memory: `jax.checkpoint` with a named policy around each
+block, and pieces of the sequence one after the other where tokens do not meet.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from longjax.ops.call import SAVED
+
+_policies = jax.checkpoint_policies
+# What is kept of a block besides its input.
+POLICIES = {
+  # Nothing: least memory, one more forward pass.
+  'block': _policies.nothing_saveable,
+  # What attention returned and its log-sum-exp: it is not computed again.
+  'attention': _policies.save_only_these_names(*SAVED),
+  # Products with weights: only attention and what is elementwise is again.
+  'dots': _policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(remat: bool | str):
+  """Raises ValueError unless `checkpointed` knows it."""
+  if not isinstance(remat, bool) and remat not in POLICIES:
+    raise ValueError(
+      f'remat {remat!r} is not one of {tuple(POLICIES)}, True (for '
+      "'block') or False"
+    )
+
+
+def checkpointed(f: Callable, remat: bool | str) -> Callable:
+  """f, of which the backward pass keeps what the policy says.
+
+  Args:
+    f: a function of arrays.
+    remat: a name in `POLICIES`, True for 'block', False to keep everything.
+  """
+  if remat is False:
+    return f
+  return jax.checkpoint(f, policy=POLICIES['block' if remat is True else remat])
+
+
+def in_pieces(f: Callable, size: int | None, *arrays):
+  """f of arrays [batch, length, ...], `size` positions at a time.
+
+  The backward pass computes each piece again, so that what f makes in between
+  exists for one piece only.
+
+  Args:
+    f: (number of the piece, *pieces [batch, positions, ...]) -> an array of the
+      same leading axes, whose positions do not meet.
+    size: positions in a piece; the last may have fewer. None for all of them,
+      kept.
+    *arrays: equal in their leading axes.
+  """
+  length = arrays[0].shape[1]
+  if size is None or size >= length:
+    return f(0, *arrays)
+  count, f = length // size, jax.checkpoint(f)
+
+  def cut(x):
+    pieces = x[:, : count * size].reshape(len(x), count, size, *x.shape[2:])
+    return jnp.moveaxis(pieces, 1, 0)
+
+  y = jax.lax.map(
+    lambda piece: f(*piece), (jnp.arange(count), *map(cut, arrays))
+  )
+  y = jnp.moveaxis(y, 0, 1)
+  y = y.reshape(len(y), count * size, *y.shape[3:])
+  if count * size == length:
+    return y
+  last = f(count, *(x[:, count * size :] for x in arrays))
+  return jnp.concatenate([y, last], axis=1)
