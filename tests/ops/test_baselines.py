@@ -122,9 +122,14 @@ def test_xla_is_the_definition(name):
         dropout_key=jax.random.key(1),
       ),
     ),
-    (BlockwiseCausal(20), dict(length=17, kv_length=70), {}),
-    (BlockwiseCausal(20), dict(length=70, kv_length=17), {}),
-    (BlockwiseCausal(100), {}, dict(position=longjax.RoPE())),
+    *(
+      pytest.param(*case, marks=pytest.mark.full)
+      for case in (
+        (BlockwiseCausal(20), dict(length=17, kv_length=70), {}),
+        (BlockwiseCausal(20), dict(length=70, kv_length=17), {}),
+        (BlockwiseCausal(100), {}, dict(position=longjax.RoPE())),
+      )
+    ),
   ],
 )
 def test_blocks_are_one_kernel_call(pattern, sizes, options, monkeypatch):
