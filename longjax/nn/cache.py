@@ -111,7 +111,9 @@ class LayerCache:
     """
     after = self.append(keys, values, positions)
     if positions.shape[1] == 1:
-      # A single query no longer sees what its own key overwrites.
+      # A single query no longer sees what its own key overwrites. XLA must not
+      # write it a second time, into a copy of the cache, for attention's sake.
+      after = jax.lax.optimization_barrier(after)
       return after, after.keys, after.values, after.positions
     return (
       after,
