@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 
 from longjax.ops.pallas.contract import UNBOUNDED
-from longjax.ops.pallas.mosaic_gpu_common import GpuConfig
+from longjax.ops.pallas.mosaic_gpu_common import HEAD_SIZES, GpuConfig
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -26,6 +26,18 @@ FEATURES = {
     prefix_q=True,
   ),
 }
+
+# By head size: what is compiled always, and the rest of all combinations.
+COMPILED = [
+  (size, feature)
+  for size, feature in itertools.product(HEAD_SIZES, FEATURES)
+  if size == 128 or feature in ('plain', 'everything')
+]
+ALSO_COMPILED = [
+  pair
+  for pair in itertools.product(HEAD_SIZES, FEATURES)
+  if pair not in COMPILED
+]
 
 # --- To interpret ------------------------------------------------------------
 

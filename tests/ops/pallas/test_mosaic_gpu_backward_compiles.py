@@ -1,7 +1,5 @@
 """The backward kernels compile for an H200, within registers and memory."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,23 +7,16 @@ import pytest
 from longjax.ops.pallas import mosaic_gpu_backward as module
 from longjax.ops.pallas.contract import Operands, Spec, where_rows
 from longjax.ops.pallas.mosaic_gpu_common import (
-  HEAD_SIZES,
   SHARED_MEMORY,
   GpuConfig,
 )
 from tests.ops.pallas import compiling, oracle
-from tests.ops.pallas.gpu_cases import FEATURES
+from tests.ops.pallas.gpu_cases import ALSO_COMPILED, COMPILED, FEATURES
 
 # Bytes that a thread may spill in the tiles we ship, the most of all kernels;
 # else none. Where the sums of dK and dV lie side by side, they take 128 (or 96)
 # of 240 registers, and the slope of the soft cap 32 beside logits and weights.
 SPILLS = {(96, 'everything'): 4, (128, 'soft cap'): 4, (128, 'everything'): 4}
-CASES = list(itertools.product(HEAD_SIZES, FEATURES))
-QUICK = [
-  (size, feature)
-  for size, feature in CASES
-  if size == 128 or feature in ('plain', 'everything')
-]
 
 
 def compiled(size, *, spec=None, configs=None, dtype=jnp.bfloat16, **options):
@@ -86,13 +77,13 @@ def check(size, feature):
     assert kernel.registers <= (255 if alone else 168), name
 
 
-@pytest.mark.parametrize('size, feature', QUICK)
+@pytest.mark.parametrize('size, feature', COMPILED)
 def test_shipped_tiles_fit(size, feature):
   check(size, feature)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize('size, feature', sorted({*CASES} - {*QUICK}))
+@pytest.mark.parametrize('size, feature', ALSO_COMPILED)
 def test_all_shipped_tiles_fit(size, feature):
   check(size, feature)
 

@@ -6,13 +6,9 @@ import pytest
 
 from longjax.ops.pallas import mosaic_gpu
 from longjax.ops.pallas.contract import Operands, Spec, where_rows
-from longjax.ops.pallas.mosaic_gpu_common import (
-  HEAD_SIZES,
-  SHARED_MEMORY,
-  GpuConfig,
-)
+from longjax.ops.pallas.mosaic_gpu_common import SHARED_MEMORY, GpuConfig
 from tests.ops.pallas import compiling, oracle
-from tests.ops.pallas.gpu_cases import FEATURES
+from tests.ops.pallas.gpu_cases import ALSO_COMPILED, COMPILED, FEATURES
 
 
 def compiled(size, *, spec=None, config=None, dtype=jnp.bfloat16, **options):
@@ -40,9 +36,7 @@ def compiled(size, *, spec=None, config=None, dtype=jnp.bfloat16, **options):
   return kernel
 
 
-@pytest.mark.parametrize('feature', FEATURES)
-@pytest.mark.parametrize('size', HEAD_SIZES)
-def test_shipped_tiles_fit(size, feature):
+def check(size, feature):
   kernel = compiled(size, **FEATURES[feature])
   assert kernel.spills == 0
   # Those of the launch, for three warpgroups; the kernel makes it 240 for each
@@ -50,7 +44,18 @@ def test_shipped_tiles_fit(size, feature):
   assert kernel.registers <= 168
 
 
-@pytest.mark.parametrize('size', HEAD_SIZES)
+@pytest.mark.parametrize('size, feature', COMPILED)
+def test_shipped_tiles_fit(size, feature):
+  check(size, feature)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('size, feature', ALSO_COMPILED)
+def test_all_shipped_tiles_fit(size, feature):
+  check(size, feature)
+
+
+@pytest.mark.parametrize('size', (64, 128))
 def test_float16_fits(size):
   assert compiled(size, dtype=jnp.float16).spills == 0
 
