@@ -4,13 +4,13 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from longjax.models.decoder import INIT_STD
 from longjax.nn.attention import TRANSFORMER_XL
 from longjax.nn.embedding import check_rate, dropout, fold_in
+from longjax.nn.memory import check_remat, checkpointed
 from longjax.nn.transformer import (
   Block,
   make_norm,
@@ -41,7 +41,7 @@ class Encoder(nnx.Module):
     final_norm: bool = True,
     scale_embedding: bool = False,
     dropout_rate: float = 0.0,
-    remat: bool = False,
+    remat: bool | str = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -68,6 +68,7 @@ class Encoder(nnx.Module):
       if value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
     check_rate('dropout_rate', dropout_rate)
+    check_remat(remat)
     self.patterns = per_layer('patterns', patterns, num_layers)
     for layer, pattern in enumerate(self.patterns):
       if not isinstance(pattern, Pattern):
@@ -168,7 +169,7 @@ class Encoder(nnx.Module):
         positions=positions,
         dropout_key=fold_in(dropout_key, layer),
       )
-      x = (jax.checkpoint(run) if self.remat else run)(x)
+      x = checkpointed(run, self.remat)(x)
       states.append(x)
     if self.final_norm is not None:
       x = self.final_norm(x).astype(self.dtype)

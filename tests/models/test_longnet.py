@@ -274,7 +274,7 @@ def test_encoder_options():
   out, states = jit(lambda t: model(t, return_states=True))(tokens)
   assert len(states) == 2 and states[0].shape == out.shape
   assert (jit(lambda t: model(t, dropout_key=key))(tokens) != out).any()
-  remat = encoder(**options, remat=True)
+  remat = encoder(**options, remat='attention')
   np.testing.assert_allclose(jit(remat.__call__)(tokens), out, atol=1e-5)
   assert encoder(**options, final_norm=False).final_norm is None
   scaled = encoder(**options, scale_embedding=True)
@@ -294,6 +294,7 @@ def test_encoder_options():
     (dict(num_layers=0), 'num_layers must be at least 1, got 0'),
     (dict(vocab_size=0), 'vocab_size must be at least 1, got 0'),
     (dict(dropout_rate=1.0), r'dropout_rate must be in \[0, 1\)'),
+    (dict(remat='all'), "remat 'all' is not one of .*'attention'"),
   ],
 )
 def test_bad_encoders(overrides, message):

@@ -90,6 +90,11 @@ CASES = {
     dict(length=90, kv_heads=1),
     {},
   ),
+  'a block and the last': (
+    longjax.BlockwiseCausal(40),
+    dict(length=100, kv_heads=1),
+    dict(position=longjax.RoPE()),
+  ),
   'positions of each row': (
     longjax.SlidingWindow(33),
     dict(batch=2, length=40, kv_length=90, heads=1),
