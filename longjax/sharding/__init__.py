@@ -2,7 +2,7 @@
 
 from longjax.sharding.all_to_all import all_to_all_attention
 from longjax.sharding.attention import sharded_attention
-from longjax.sharding.exchange import merge_over_axis
+from longjax.sharding.exchange import merge_over_axis, varying
 from longjax.sharding.mesh import make_mesh
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
   'make_mesh',
   'merge_over_axis',
   'sharded_attention',
+  'varying',
 ]

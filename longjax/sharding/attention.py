@@ -176,28 +176,41 @@ def _near(shard, pattern, branches):
   left, right = (
     max(side) for side in zip(*(_halo(shard, b) for b in branches), strict=True)
   )
+  queries, keys, ids = shard.queries, shard.keys, shard.rows.ids
+  if not left and not right:
+    return shard.attend(Branches(branches, pattern), queries, keys)
+  if shard.start != 0:
+    for branch in branches:
+      if not _shift_invariant(branch):
+        raise NotImplementedError(
+          f'{branch} across devices, unless the sequence is known to begin at '
+          'position 0'
+        )
+    if shard.options.dropout_rate:
+      raise NotImplementedError(
+        'dropout_rate with windows across devices, unless the sequence is '
+        'known to begin at position 0: entries are named by positions'
+      )
+  # Positions are counted from the sequence's first row. So those before it are
+  # negative: nobody's. `start` says the same of those after its last.
+  first = jnp.int32(jax.lax.axis_index(shard.axis_name) * shard.length)
+  if right:
+    end = shard.length * shard.devices
+    branches = tuple(
+      dataclasses.replace(b, start=min(b.start, end)) for b in branches
+    )
 
   def grow(x):
     return exchange.halo(x, left, right, shard.axis_name)
 
-  keys, ids = shard.keys, shard.rows.ids
   if ids is not None:
     # What no device sent belongs to no document.
     ids = grow(ids + 1) - 1
-  elif right and shard.start is not None:
-    # Rows after the sequence's last one are nobody's. (Those before its first
-    # are: no key has a position below 0, or below the first row's.)
-    end = shard.start + shard.length * shard.devices
-    branches = tuple(
-      dataclasses.replace(b, start=min(b.start, end)) for b in branches
-    )
-  elif right:
-    raise NotImplementedError(
-      'a two-sided pattern needs `positions` to be a plain int, got '
-      f'{shard.rows.first}'
-    )
-  keys = Rows(tuple(map(grow, keys.x)), keys.first - left, ids)
-  return shard.attend(Branches(branches, pattern), shard.queries, keys)
+  return shard.attend(
+    Branches(branches, pattern),
+    queries._replace(first=first),
+    Rows(tuple(map(grow, keys.x)), first - left, ids),
+  )
 
 
 def _start(shard, pattern, branch):

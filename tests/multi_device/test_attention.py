@@ -14,6 +14,7 @@ from longjax.sharding import (
   make_mesh,
   merge_over_axis,
   sharded_attention,
+  varying,
 )
 
 BATCH, LENGTH, HEADS, KV_HEADS, SIZE = 2, 64, 4, 2, 16
@@ -77,6 +78,10 @@ CASES = {
   'options': (
     longjax.SlidingWindow(20),
     ROPE | {'scale': 0.5, 'logit_soft_cap': 3.0, 'positions': 7},
+  ),
+  'two-sided, elsewhere': (
+    longjax.SlidingWindow(5, 20),
+    ROPE | {'positions': jnp.asarray([7, 100])},
   ),
 }
 # On all meshes in the default run; the others on one.
@@ -267,6 +272,10 @@ def test_traced_positions():
     np.testing.assert_allclose(
       run(make, start), run(alone, start), atol=1e-5, err_msg=str(start)
     )
+  with pytest.raises(NotImplementedError, match='known to begin at position 0'):
+    sharded(longjax.Dilated((5,), (1,)), 4, positions=jnp.int32(5))(*qkv)
+  with pytest.raises(NotImplementedError, match='named by positions'):
+    sharded(pattern, 4, **CASES['dropout'][1], positions=5)(*qkv)
 
 
 def test_causal_by_perturbation():
@@ -296,7 +305,7 @@ def test_partial_results_merge_over_the_axis():
   def partly(q, k, v):
     rank = jax.lax.axis_index('seq')
     out, lse = longjax.attention(
-      q,
+      varying(q, 'seq'),
       k,
       v,
       longjax.Full(causal=False),
