@@ -29,13 +29,13 @@ class Chunk:
       given those before it.
     seconds: that the chunk took; the first one compiles.
     cache: of the model after it, from which another `stream` may go on; gone
-      once the next chunk is asked for.
+      once the next chunk is asked for. None if there was none.
   """
 
   first: int
   losses: np.ndarray
   seconds: float
-  cache: Cache
+  cache: Cache | None
 
 
 def _nll(logits, tokens):
@@ -49,6 +49,11 @@ def _step(graphdef, state, cache, tokens, targets, real):
   model = nnx.merge(graphdef, state)
   logits, cache = model(tokens, segment_ids=jnp.where(real, 0, -1), cache=cache)
   return _nll(logits, targets), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(graphdef, state, tokens, targets):
+  return _nll(nnx.merge(graphdef, state)(tokens), targets)
 
 
 def stream(
@@ -66,7 +71,10 @@ def stream(
   Args:
     model: a `DecoderLM`.
     tokens: int [batch, length], length >= 2.
-    chunk: tokens read at a time. No result depends on it.
+    chunk: tokens read at a time. No result depends on it. One that holds the
+      whole text is read without a cache: a model that sees everything has half
+      the work, as it skips the blocks of keys to come; the logits of all tokens
+      are in memory at once.
     cache: of what the model has read before these tokens; used up. None: they
       begin their texts.
 
@@ -81,10 +89,15 @@ def stream(
     raise ValueError(f'chunk must be at least 1, got {chunk}')
   batch, length = tokens.shape
   inputs, targets = tokens[:, :-1], tokens[:, 1:]
+  graphdef, state = nnx.split(model)
+  if cache is None and chunk >= length - 1:
+    started = time.perf_counter()
+    losses = np.asarray(_whole(graphdef, state, inputs, targets))
+    yield Chunk(1, losses, time.perf_counter() - started, None)
+    return
   chunk = min(chunk, length - 1)
   if cache is None:
     cache = model.init_cache(batch, max_length=length - 1)
-  graphdef, state = nnx.split(model)
   for first in range(0, length - 1, chunk):
     started = time.perf_counter()
     count = min(chunk, length - 1 - first)
@@ -134,17 +147,13 @@ def truncated_losses(
   batch, total = tokens.shape
   graphdef, state = nnx.split(model)
 
-  @jax.jit
-  def score(state, inputs, targets):
-    return _nll(nnx.merge(graphdef, state)(inputs), targets)
-
   losses = np.zeros((batch, total - 1), np.float32)
   for start, first, end in windows(total, length, stride):
     count = end - 1 - start
     piece = np.zeros((2, batch, length), np.int32)
     piece[0, :, :count] = tokens[:, start : end - 1]
     piece[1, :, :count] = tokens[:, start + 1 : end]
-    scored = np.asarray(score(state, *piece))
+    scored = np.asarray(_whole(graphdef, state, *piece))
     losses[:, first - 1 : end - 1] = scored[:, first - 1 - start : count]
   return losses
 
