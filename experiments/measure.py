@@ -104,6 +104,8 @@ class _Run:
     self.variants = {label: known[label] for label in config.variants}
     self.subject = Subject(config)
     self._models = {}
+    # Of the code that runs: the repository may move on meanwhile.
+    self._commit = _commit()
     workdir.mkdir(parents=True, exist_ok=True)
 
   def model(self, label):
@@ -140,7 +142,7 @@ class _Run:
   def write(self, name, results):
     record = {
       'settings': self._settings(name),
-      'commit': _commit(),
+      'commit': self._commit,
       'device': f'{jax.devices()[0].device_kind}, {platform.machine()}, '
       f'{os.cpu_count()} cores',
       'versions': {'python': platform.python_version(), 'jax': jax.__version__},
@@ -236,7 +238,7 @@ class _Run:
         float(np.nanmean(np.array(part, float)))
         for part in (result[name][:half], result[name][half:])
       ]
-      for name in ('nats', 'seconds_per_chunk', 'resident_bytes')
+      for name in _POINT[1:]
     }
 
   def _stream(self, label):
@@ -270,20 +272,24 @@ class _Run:
       pieces = evaluation.stream(
         model, text[:, first:], chunk=chunk, cache=cache
       )
-      losses, seconds, compiles = [], [], True
+      losses, seconds, processor, compiles = [], [], [], True
+      used = time.process_time()
       for piece in tqdm(
         pieces, desc='streaming', initial=done, total=chunks, unit='chunk'
       ):
         losses.append(piece.losses.mean())
         if not compiles:
           seconds.append(piece.seconds)
+          processor.append(time.process_time() - used)
         compiles, done = False, done + 1
+        used = time.process_time()
         if done not in ends:
           continue
         point = (
           1 + (done - len(losses)) * chunk,
           float(np.mean(losses)),
           float(np.median(seconds)) if seconds else None,
+          float(np.median(processor)) if seconds else None,
           _resident_bytes(),
         )
         for name, value in zip(_POINT, point, strict=True):
@@ -291,7 +297,8 @@ class _Run:
         result['finished'] = done == chunks
         self.write('streaming', {label: result})
         checkpoints.save(done, {'cache': piece.cache}, {'result': result})
-        losses, seconds = [], []
+        losses, seconds, processor = [], [], []
+        used = time.process_time()
     shutil.rmtree(folder)
 
   def passkey(self):
@@ -367,7 +374,14 @@ class _Run:
 
 
 # What is told of each point of a stream.
-_POINT = ('position', 'nats', 'seconds_per_chunk', 'resident_bytes')
+_POINT = (
+  'position',
+  'nats',
+  'seconds_per_chunk',
+  # Of all cores, whatever else they do: what a busy machine leaves flat.
+  'processor_seconds_per_chunk',
+  'resident_bytes',
+)
 
 
 def _edges(trained: int, length: int) -> list[int]:

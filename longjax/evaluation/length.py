@@ -291,24 +291,33 @@ def draw_stream(result: Mapping[str, Sequence[float]], path: str | os.PathLike):
   """Writes a picture of loss, time and memory along one endless text.
 
   Args:
-    result: lists 'position', 'nats', 'seconds_per_chunk' (None where there is
-      none to tell), 'resident_bytes'.
+    result: lists 'position', 'nats', 'resident_bytes', 'seconds_per_chunk' and
+      'processor_seconds_per_chunk' (None where there is none to tell).
     path: of the .png.
   """
   from matplotlib import figure
 
   canvas = figure.Figure(figsize=(8, 6), layout='constrained')
   panels = (
-    ('nats', 'nats per token', 1),
-    ('seconds_per_chunk', 'seconds per chunk', 1),
-    ('resident_bytes', 'memory (MB)', 1e6),
+    (('nats',), 'nats per token', 1),
+    (
+      ('seconds_per_chunk', 'processor_seconds_per_chunk'),
+      'seconds per chunk',
+      1,
+    ),
+    (('resident_bytes',), 'memory (MB)', 1e6),
   )
-  for axes, (name, label, unit) in zip(
+  for axes, (names, label, unit) in zip(
     canvas.subplots(len(panels), sharex=True), panels, strict=True
   ):
-    values = np.array(result[name], float) / unit
-    axes.plot(result['position'], values)
+    values = [np.array(result[name], float) / unit for name in names]
+    for name, value in zip(names, values, strict=True):
+      axes.plot(
+        result['position'], value, label=name.removesuffix('_per_chunk')
+      )
     axes.set(ylabel=label, ylim=(0, 1.2 * np.nanmax(values)))
+    if len(names) > 1:
+      axes.legend(fontsize='small')
     axes.grid(alpha=0.3)
   axes.set_xlabel('position in the text (tokens)')
   canvas.savefig(path, dpi=150)

@@ -88,6 +88,10 @@ def test_every_measurement(pretrained, tmp_path):
   stream = stream['results']['LM-Infinite']
   assert len(stream['nats']) == 10 and stream['repeats_of_text'] > 1
   assert stream['begun_at'] == [0] and stream['cache_bytes'] > 0
+  for name in ('seconds_per_chunk', 'processor_seconds_per_chunk'):
+    first, *others = stream[name]
+    # The chunk that compiles is not counted.
+    assert first is None and len(others) == 9 and min(others) > 0
   assert 'LM-Infinite, top 2' in result['passkey']
   for name in result:
     picture = (tmp_path / f'{name}.png').read_bytes()
