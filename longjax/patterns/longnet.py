@@ -70,14 +70,14 @@ class Dilated(Pattern):
     group = -(-num_heads // ratio)
     return tuple(j // group for j in range(num_heads))
 
-  def keys_per_query(self) -> float:
-    """Sum of w / r^2: keys that a query meets, over parts and heads.
+  def keys_per_query(self, length: float = math.inf) -> float:
+    """Sum of w / r^2: keys that a query meets, the mean over heads.
 
     The paper's count (equation 17), without causal halving: in (w, r) a query
-    meets w / r keys, in a share of 1 / r of the heads.
+    meets w / r keys, in a share of 1 / r of the heads; no w is above `length`.
     """
     parts = zip(self.segment_lengths, self.ratios, strict=True)
-    return sum(w / r**2 for w, r in parts)
+    return sum(min(w, length) / r**2 for w, r in parts)
 
   def multiplicity(self, q_pos, k_pos, head, num_heads):
     q_pos, k_pos = as_positions(q_pos), as_positions(k_pos)

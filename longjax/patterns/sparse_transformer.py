@@ -52,7 +52,7 @@ class FixedSparse(Pattern):
     """
     check_integer('length', length, 1)
     check_integer('FixedSparse block', block, 1)
-    keys = dilated.keys_per_query()
+    keys = dilated.keys_per_query(length)
     summary = round((keys - min(block, length)) * block / length)
     if not 1 <= summary <= block:
       raise ValueError(
