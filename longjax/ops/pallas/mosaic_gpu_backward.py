@@ -42,8 +42,9 @@ _FEWEST_TILES = 4
 def default_configs(spec: Spec, x: Operands) -> tuple[GpuConfig, GpuConfig]:
   """Tiles of the kernels of dQ, and of dK and dV.
 
-  Four slots spill less than three: a slot's number is then the low bits of the
-  tile's.
+  ptxas needs no spills for them, but for one number (4 bytes) of each thread
+  with a soft cap at head size 128, and at 96 with all else besides. Of four
+  slots a slot's number is the low bits of the tile's.
   """
   size = x.q.shape[-1]
   # A third tile of queries takes the place of slots, or of a warpgroup.
