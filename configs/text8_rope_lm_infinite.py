@@ -1,7 +1,7 @@
 """LM-Infinite's figure 5 on a character model that is trained here.
 
 Paper: https://arxiv.org/abs/2308.16137. A LLaMA-like character LM with RoPE (4
-layers of 128, 2 heads, 0.9M parameters) learns text8 from sequences of 512
+layers of 128, 2 heads, 0.8M parameters) learns text8 from sequences of 512
 characters, with full attention; then it is measured on texts of 65,536
 characters of the test split, as it is and with each half of LM-Infinite, all of
 it, and blocks of 512 read independently.
