@@ -46,7 +46,8 @@ def sample(
       `temperature` and `top_k`) first reach p.
     repetition_penalty: positive logits of tokens that the row already has are
       divided by it, negative ones multiplied (arXiv 1909.05858, section 4.1).
-    stop_tokens: a row ends with the first of these; what follows it is -1.
+    stop_tokens: a row ends with the first of these; what follows it is -1,
+      which no tokenizer knows: decode row[row >= 0].
     middle_keys: LM-Infinite's top-k; see `DecoderLM.init_cache`.
     seed: of the random draws.
     prefill_chunk: how many prompt tokens are read at a time.
@@ -108,7 +109,7 @@ def sample(
     segment_ids[row, : len(prompt) - 1] = 0
   last = np.array([prompt[-1] for prompt in prompts], np.int32)
   graphdef, state = nnx.split(model)
-  new_tokens = _generate(
+  new_tokens, _ = _generate(
     graphdef,
     state,
     tokens,
@@ -156,6 +157,8 @@ def choose(logits, key, temperature, top_p, *, greedy=False, top_k=None):
   jax.jit,
   static_argnums=0,
   static_argnames=('stop_tokens', 'greedy', 'top_k', 'num_tokens', 'chunk'),
+  # Written in place; else there would be two of them all the while.
+  donate_argnames='cache',
 )
 def _generate(
   graphdef,
@@ -175,7 +178,7 @@ def _generate(
   num_tokens,
   chunk,
 ):
-  """Prefill in chunks, then decode: int32 [batch, num_tokens]."""
+  """Prefill in chunks, then decode: (int32 [batch, num_tokens], cache)."""
   model = nnx.merge(graphdef, state)
   batch = tokens.shape[0]
   rows = jnp.arange(batch)
@@ -222,8 +225,8 @@ def _generate(
   ended = jnp.zeros(batch, bool)
   new = jnp.full((batch, num_tokens), -1, jnp.int32)
   carry = 0, cache, last, has, ended, new
-  *_, new = jax.lax.while_loop(unfinished, decode, carry)
-  return new
+  _, cache, *_, new = jax.lax.while_loop(unfinished, decode, carry)
+  return new, cache
 
 
 def _as_prompts(prompt_tokens) -> tuple[list[np.ndarray], bool]:
