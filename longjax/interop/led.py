@@ -113,16 +113,17 @@ class EncoderDecoderFamily(Family):
 def family(model_type, has_windows, prefix, table=TABLES[0]):
   """Where the parameters of a model are."""
   return EncoderDecoderFamily(
-    model_type,
-    CLASSES[model_type],
-    None,
-    None,
-    '',
+    model_type=model_type,
+    architecture=CLASSES[model_type],
+    read=None,
+    write=None,
+    layer='',
     # 'output' is the read-out, which is the embedding.
-    (LED_ENCODER if has_windows else BART_ENCODER) | {'output': 'lm_head'},
-    BUFFERS,
-    prefix,
-    table,
+    modules=(LED_ENCODER if has_windows else BART_ENCODER)
+    | {'output': 'lm_head'},
+    ignored=BUFFERS,
+    prefix=prefix,
+    table=table,
   )
 
 
@@ -234,7 +235,6 @@ def config_of_led(model: LED) -> dict:
     'bos_token_id': model.bos_token,
     'eos_token_id': model.eos_token,
     'decoder_start_token_id': model.decoder_start_token,
-    'forced_eos_token_id': None,
     'dropout': model.dropout_rate,
     'attention_dropout': model.attention_dropout_rate,
     'activation_dropout': model.activation_dropout_rate,

@@ -246,13 +246,13 @@ def family(model_type: str, head: str | None, prefix: str, ignored=BUFFERS):
   """Where the parameters of a model with this head are."""
   modules = MODULES | HEAD_MODULES[head]
   return Family(
-    model_type,
-    '',
-    None,
-    None,
-    f'{prefix}encoder.layer.{{}}',
-    {ours: theirs.format(prefix) for ours, theirs in modules.items()},
-    ignored,
+    model_type=model_type,
+    architecture='',
+    read=None,
+    write=None,
+    layer=f'{prefix}encoder.layer.{{}}',
+    modules={ours: theirs.format(prefix) for ours, theirs in modules.items()},
+    ignored=ignored,
   )
 
 

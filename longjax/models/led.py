@@ -19,6 +19,8 @@ from longjax.models.longformer import (
   encoder_patterns,
   find_globals,
   is_traced,
+  look_up,
+  outside_of,
 )
 from longjax.nn.attention import NORMAL_INIT, Attention
 from longjax.nn.cache import Cache
@@ -230,7 +232,7 @@ class LED(nnx.Module):
     """Logits of the token after each of `decoder_tokens`.
 
     Args:
-      tokens: int [batch, source length]; outside of the vocabulary gives NaN.
+      tokens: int [batch, source length].
       decoder_tokens: int [batch, target length], beginning with
         `decoder_start_token`; padding on the right changes nothing before it.
       mask: 1 for tokens, 0 for padding; by default `tokens != pad_token`.
@@ -243,10 +245,10 @@ class LED(nnx.Module):
       float32 [batch, target length, vocab_size].
 
     Raises:
-      ValueError: shapes that do not fit, more tokens than positions, more
-        global tokens than `max_globals`, a row that begins with padding when
-        its first token is to be global. Inside `jax.jit`, where the last two
-        cannot be seen, the row is NaN.
+      ValueError: shapes that do not fit, more tokens than positions, a token
+        outside of the vocabulary, more global tokens than `max_globals`, a row
+        that begins with padding when its first token is to be global. Inside
+        `jax.jit`, where the last three cannot be seen, the row is NaN.
 
     Warns:
       UserWarning: `global_mask` has no global token.
@@ -264,6 +266,7 @@ class LED(nnx.Module):
     )
     count = len(self.encoder_layers)
     x = self._embed(
+      'decoder_tokens',
       decoder_tokens,
       jnp.arange(length),
       self.decoder_positions,
@@ -301,6 +304,7 @@ class LED(nnx.Module):
         f'the encoder; `{CONVERT} FOLDER NEW_FOLDER --length={length}` makes a '
         'longer one'
       )
+    outside_of('tokens', tokens, self.vocab_size)
     check_like('mask', mask, tokens.shape)
     check_like('global_mask', global_mask, tokens.shape)
     real = tokens != self.pad_token if mask is None else mask > 0
@@ -314,6 +318,7 @@ class LED(nnx.Module):
     length = tokens.shape[1]
     count = len(self.encoder_layers)
     x = self._embed(
+      'tokens',
       tokens,
       jnp.arange(length),
       self.encoder_positions,
@@ -367,7 +372,12 @@ class LED(nnx.Module):
     cache = state.cache
     positions, lengths = cache.next_positions(jnp.ones(tokens.shape, bool))
     x = self._embed(
-      tokens, positions, self.decoder_positions, self.decoder_norm, None
+      'tokens',
+      tokens,
+      positions,
+      self.decoder_positions,
+      self.decoder_norm,
+      None,
     )
     layers = []
     for block, layer_cache, source in zip(
@@ -410,8 +420,8 @@ class LED(nnx.Module):
         f'{self.max_target_positions} positions of the decoder'
       )
 
-  def _embed(self, tokens, positions, table, norm, dropout_key):
-    x = self.embedding(tokens)
+  def _embed(self, name, tokens, positions, table, norm, dropout_key):
+    x = look_up(self.embedding, name, tokens)
     if self.scale_embedding:
       x = x * math.sqrt(self.features)
     x = norm(x + table(positions + self.position_offset)).astype(self.dtype)

@@ -41,6 +41,25 @@ def check_like(name, value, shape):
     )
 
 
+def outside_of(name: str, numbers, size: int):
+  """Refuses numbers outside of 0 ... size - 1; traced ones become a mask."""
+  outside = (numbers < 0) | (numbers >= size)
+  if not is_traced(outside) and np.any(outside):
+    row = int(np.argmax(np.any(outside, axis=1)))
+    number = np.asarray(numbers)[np.asarray(outside)][0]
+    raise ValueError(
+      f'{name} has {number} in row {row}, outside of 0 ... {size - 1}'
+    )
+  return outside
+
+
+def look_up(table: nnx.Embed, name: str, numbers):
+  """The table's rows; NaN for those that `outside_of` could not see."""
+  outside = outside_of(name, numbers, table.num_embeddings)
+  rows = table(jnp.where(outside, 0, numbers))
+  return jnp.where(outside[..., None], jnp.nan, rows)
+
+
 def encoder_patterns(patterns, num_layers: int, num_heads: int) -> tuple:
   """One pattern per layer, checked.
 
@@ -279,7 +298,7 @@ class Longformer(nnx.Module):
 
     Args:
       tokens: int [batch, length]; for multiple choice [batch, choices,
-        length], and so all masks. A token outside of the vocabulary gives NaN.
+        length], and so all masks.
       mask: 1 for tokens, 0 for padding, which may be anywhere; by default
         `tokens != pad_token`.
       global_mask: 1 for global tokens. By default those of the head: the first
@@ -293,10 +312,11 @@ class Longformer(nnx.Module):
       [batch, choices].
 
     Raises:
-      ValueError: shapes that differ, more tokens than positions, more global
-        tokens than `max_globals`, a row that begins with padding where the
-        head reads its first token, no separator where the head needs one.
-        Inside `jax.jit`, where the last three cannot be seen, the row is NaN.
+      ValueError: shapes that differ, more tokens than positions, a token or
+        type outside of its table, more global tokens than `max_globals`, a row
+        that begins with padding where the head reads its first token, no
+        separator where the head needs one. Inside `jax.jit`, where all but the
+        first two cannot be seen, the row is NaN.
 
     Warns:
       UserWarning: the head's task needs global tokens, and `global_mask` has
@@ -366,9 +386,11 @@ class Longformer(nnx.Module):
 
     # RoBERTa's positions: the tokens that are no padding are counted.
     positions = jnp.cumsum(given, axis=1) * given + self.pad_token
-    x = self.embedding(tokens) + self.position_embedding(positions)
     types = jnp.zeros_like(tokens) if types is None else types
-    x = self.embedding_norm(x + self.type_embedding(types)).astype(self.dtype)
+    x = look_up(self.embedding, 'tokens', tokens)
+    x += self.position_embedding(positions)
+    x += look_up(self.type_embedding, 'types', types)
+    x = self.embedding_norm(x).astype(self.dtype)
     # What was refused where it could be seen is never computed wrongly.
     x = jnp.where(bad[:, None, None], jnp.nan, x)
     x = dropout(x, self.dropout_rate, fold_in(dropout_key, len(self.layers)))

@@ -7,11 +7,12 @@ with projections of its own.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from longjax.nn.attention import NORMAL_INIT, Attention
-from longjax.nn.embedding import fold_in
+from longjax.nn.embedding import dropout, fold_in
 from longjax.ops.attention import attention
 from longjax.patterns import Full, Pattern
 
@@ -128,22 +129,69 @@ class GlobalAttention(Attention):
     given = global_tokens >= 0
     at = jnp.where(given, global_tokens, 0)
     ids = jnp.take_along_axis(jnp.asarray(segment_ids), at, axis=1)
-    rows = attend(
-      self._heads(
-        self.global_query, jnp.take_along_axis(x, at[..., None], axis=1)
-      ),
-      self._heads(self.global_key, x),
-      self._heads(self.global_value, x),
-      Full(causal=False),
-      segment_ids=(jnp.where(given, ids, -1), segment_ids),
-      dropout_key=fold_in(dropout_key, 1),
+    ids = jnp.where(given, ids, -1)
+    q = self._heads(
+      self.global_query, jnp.take_along_axis(x, at[..., None], axis=1)
     )
-    # The window's result in these rows, and its gradient, go nowhere.
-    at = jnp.where(given, global_tokens, length)
+    dropout_key = fold_in(dropout_key, 1)
+    if at.shape[1] * self.num_heads <= x.shape[2] // 2:
+      rows = self._few_rows(q, x, ids, segment_ids, dropout_key)
+    else:
+      rows = attend(
+        q,
+        self._heads(self.global_key, x),
+        self._heads(self.global_value, x),
+        Full(causal=False),
+        segment_ids=(ids, segment_ids),
+        dropout_key=dropout_key,
+      )
+    # The window's result in these rows, and its gradient, go nowhere; of
+    # padding it is 0.
+    at = jnp.where(ids >= 0, global_tokens, length)
     out = out.at[jnp.arange(batch)[:, None], at].set(
       rows.reshape(*at.shape, -1), mode='drop'
     )
     return self.output(out)
+
+  def _few_rows(self, q, x, ids, segment_ids, dropout_key):
+    """Attention of few queries without a key and a value of every token.
+
+    As q . (W k) = (W^T q) . k, the projections move to the other side of the
+    sums, where there are as many rows as queries and heads; the keys' bias
+    adds the same to all logits of a query, and drops out.
+
+    Args:
+      q: [batch, globals, heads, head_dim].
+      x: [batch, length, features].
+      ids, segment_ids: of queries and tokens.
+      dropout_key: of the attention weights.
+
+    Returns:
+      [batch, globals, heads, head_dim].
+    """
+    shape = (-1, self.num_heads, self.head_dim)
+    key, value = (
+      linear.kernel[...].astype(self.dtype).reshape(shape)
+      for linear in (self.global_key, self.global_value)
+    )
+    logits = jnp.einsum(
+      'bghf,btf->bght',
+      jnp.einsum('bghd,fhd->bghf', q, key),
+      x,
+      preferred_element_type=jnp.float32,
+    )
+    # Rows of no token, which are not used, may see anything: no 0 / 0.
+    seen = (ids[..., None] == segment_ids[:, None]) | (ids[..., None] < 0)
+    weights = jax.nn.softmax(
+      jnp.where(seen[:, :, None], logits * self.head_dim**-0.5, -jnp.inf)
+    )
+    weights = dropout(weights, self.dropout_rate, dropout_key)
+    mixed = jnp.einsum('bght,btf->bghf', weights.astype(self.dtype), x)
+    bias = self.global_value.bias[...].reshape(shape[1:])
+    # Without dropout the weights sum to 1.
+    bias = bias * weights.sum(axis=3, keepdims=True)
+    rows = jnp.einsum('bghf,fhd->bghd', mixed, value)
+    return rows + bias.astype(self.dtype)
 
   def _heads(self, linear, x):
     return linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
