@@ -1,5 +1,6 @@
-"""Text from a trained decoder."""
+"""Text from trained decoders and encoder-decoders."""
 
+from longjax.generation.beam import generate
 from longjax.generation.sample import choose, sample
 
-__all__ = ['choose', 'sample']
+__all__ = ['choose', 'generate', 'sample']
