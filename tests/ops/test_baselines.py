@@ -91,7 +91,6 @@ QUICK_CASES = (
   'sparse, every option',
   'sparse, packed',
   'sparse, slots',
-  'blocks, packed',
   'blocks of a dilated mixture',
 )
 
