@@ -261,6 +261,7 @@ class LED(nnx.Module):
         f'{batch}'
       )
     self._check_target(length)
+    outside_of('decoder_tokens', decoder_tokens, self.vocab_size)
     states, segment_ids = self.encode(
       tokens, mask=mask, global_mask=global_mask, dropout_key=dropout_key
     )
