@@ -19,8 +19,10 @@ it, and blocks of 512 read independently.
 | steps     | of 4,096 characters, default 600                              |
 | ,runlocal | a minute on two cores, on python_source: a test, not a result |
 
-Expected: none from the paper, which trains nothing. Ours, on a prefix of text8
-and a budget of minutes: experiments/records, 'text8_rope_length'.
+Expected: none from the paper, which trains nothing. Measured by us, on a prefix
+of text8 and a budget of minutes (experiments/records, 'text8_rope_length'): in
+nats per character beyond 512 LM-Infinite 1.466, independent blocks 1.471, the
+plain model 2.830.
 """
 
 from configs import common
