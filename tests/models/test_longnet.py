@@ -205,7 +205,14 @@ def test_sub_norm_can_be_learned():
 # --- Decoding, evaluation, baselines -----------------------------------------
 
 
-@pytest.mark.parametrize('trained', [Full(), FixedSparse(4, 2), PATTERN])
+@pytest.mark.parametrize(
+  'trained',
+  [
+    pytest.param(Full(), marks=pytest.mark.full),
+    FixedSparse(4, 2),
+    PATTERN,
+  ],
+)
 def test_blocks_beyond_the_trained_length(trained):
   """The same parameters, and in the first l tokens the same function."""
   wanted = parameters(decoder(trained, num_layers=1))
@@ -324,7 +331,9 @@ def slides(**overrides):
   )
 
 
-@pytest.mark.parametrize('pool', ['class', 'mean'])
+@pytest.mark.parametrize(
+  'pool', ['class', pytest.param('mean', marks=pytest.mark.full)]
+)
 def test_slides_are_sets_of_placed_tiles(pool):
   rng = np.random.default_rng(0)
   tiles = jnp.asarray(rng.normal(size=(2, 7, 6)), jnp.float32)

@@ -407,6 +407,8 @@ def test_a13_14_detached_and_exact_gradients(rule):
     np.testing.assert_allclose(got['dk'][0], dk, atol=2e-5)
   assert np.abs(detached['dq'] - exact['dq']).max() > 0.01
 
+  if rule != 'paper':
+    return
   one = [
     longnet(
       Dilated((8,), (2,), offsets=rule, detach_weights=detach),
