@@ -22,6 +22,7 @@ from longjax.ops.encode import (
   take_heads,
   told,
 )
+from longjax.ops.merge import merge
 from longjax.patterns import Branch
 from longjax.patterns.base import FURTHEST
 from longjax.positions import ALiBi, TransformerXL, XPos
@@ -66,18 +67,27 @@ class _Task:
     self.num_keys, self.kv_heads = x.k.shape[1:3]
     self.position = x.position
 
-  def forward(self, encoded, position, auxiliary):
-    """(out [B, T, H, E], lse [B, T, H]) of the task's heads."""
+  def forward(self, encoded, position, auxiliary, merged=()):
+    """(out [B, T, H, E], lse [B, T, H]) of the task's heads.
 
-    def run(encoded, auxiliary):
+    Merged with such results, if given; only the rows that take part are.
+    """
+
+    def run(encoded, auxiliary, *merged):
       plan = self.plan(auxiliary)
       x = self.operands(plan, auxiliary, encoded, position)
       out, lse = band.forward(
         plan.config, x, plan.rows, plan.columns, plan.walk
       )
-      return plan.view.restore(out, 0), plan.view.restore(lse, -jnp.inf)
+      if not merged:
+        return plan.view.restore(out, 0), plan.view.restore(lse, -jnp.inf)
+      mine = tuple(map(plan.view.queries, merged))
+      return tuple(
+        plan.view.put(y, new)
+        for y, new in zip(merged, merge([mine, (out, lse)]), strict=True)
+      )
 
-    return self._each(run, encoded, auxiliary)
+    return self._each(run, encoded, auxiliary, *merged)
 
   def backward(self, encoded, position, auxiliary, lse, delta, dout):
     """Cotangents of `encoded` and `position`."""

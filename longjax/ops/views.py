@@ -47,6 +47,18 @@ class Identity:
     batch, rows, classes, kv_heads, group, *rest = y.shape
     return y.reshape(batch, rows * classes, kv_heads * group, *rest)
 
+  def put(self, x, y):
+    """x [B, T, H, ...] with the rows y [B, C, K, R, rows, ...] in place."""
+    new, kept = self.restore(y, 0), self.kept()
+    if kept is None:
+      return new
+    kept = _beside(x, kept.reshape(*kept.shape, *(1,) * (x.ndim - 3)))
+    return jnp.where(kept, new, x)
+
+  def kept(self):
+    """Which queries have a row, bool [1, T, H]; None for all."""
+    return None
+
   def query_values(self, x, fill):
     """Integers [b, T] of the queries -> [b, c, k, r, rows]."""
     del fill
@@ -75,6 +87,20 @@ class Identity:
     batch, length, _, *rest = x.shape
     x = x.reshape(batch, length // classes, classes, *heads, *rest)
     return jnp.moveaxis(x, 1, 2 + len(heads))
+
+
+def _beside(x, value):
+  """`value`, where a program may make it only once it has x.
+
+  What depends on nothing is moved out of loops (over the layers, say), and
+  masks and zeros, once as large as x, would stay in memory throughout.
+  """
+  return jax.lax.optimization_barrier((value, jax.lax.stop_gradient(x)))[0]
+
+
+def _choose(mask, x, other):
+  mask, other = _beside(x, (jnp.asarray(mask), jnp.asarray(other, x.dtype)))
+  return jnp.where(mask, x, other)
 
 
 class Classes(Identity):
@@ -196,6 +222,11 @@ class Taken(Identity):
     y = y.reshape(len(y), self.kv_heads * self.group, *y.shape[4:])
     return _take(y, self.query_inverse, fill).swapaxes(1, 2)
 
+  def kept(self):
+    if self.query_index is None:
+      return None
+    return (self.query_inverse >= 0).T[None]
+
   def query_values(self, x, fill):
     if self.query_index is None:
       return super().query_values(x, fill)
@@ -296,11 +327,16 @@ class Sliced(Identity):
 
   def restore(self, y, fill):
     y = super().restore(y, fill)[:, :, None]
-    y = jnp.where(self._own(self._ratio, y.ndim), y, fill)
+    y = _choose(self._own(self._ratio, y.ndim), y, fill)
     batch, _, _, *rest = y.shape
     y = y.reshape(batch, -1, self._per_segment * self._ratio, *rest)
     y = y[:, :, : self._segment].reshape(batch, -1, *rest)
     return y[:, : self._num_queries]
+
+  def kept(self):
+    slot = jnp.arange(self._num_queries, dtype=jnp.int32)
+    residue = slot % self._segment % self._ratio
+    return (residue[:, None] == self._offsets)[None]
 
   def query_values(self, x, fill):
     x = self._groups(x, fill)[:, :, self._offsets]
@@ -341,7 +377,7 @@ class Sliced(Identity):
   def _pick(self, x):
     x = self._groups(x, 0)
     own = self._own(x.shape[2], x.ndim)
-    return jnp.where(own, x, 0).sum(2, dtype=x.dtype)
+    return _choose(own, x, 0).sum(2, dtype=x.dtype)
 
 
 class Columns(Taken):

@@ -47,12 +47,15 @@ def _forward(static, x, auxiliary):
     if task.distance not in encoded:
       encoded[task.distance] = encode(static, x, auxiliary, task.distance)
     encoded, merged, parts = _one_at_a_time(encoded, merged, parts)
-    part = task.forward(encoded[task.distance], x.position, auxiliary)
+    run = functools.partial(
+      task.forward, encoded[task.distance], x.position, auxiliary
+    )
     if static.pattern.detached:
-      parts.append(part)
+      parts.append(run())
     elif task.heads is None:
-      merged = part if merged is None else merge([merged, part])
+      merged = run(merged or ())
     else:
+      part = run()
       if merged is None:
         shape = (batch, num_queries, num_heads)
         merged = (
