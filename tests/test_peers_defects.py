@@ -115,7 +115,8 @@ def test_s5_every_import_of_the_readme_exists():
   assert ('longjax', None) in names or any(m == 'longjax' for m, _ in names)
   for module, name in names:
     found = importlib.import_module(module)
-    assert name is None or hasattr(found, name), f'{module}.{name}'
+    if name is not None and not hasattr(found, name):
+      importlib.import_module(f'{module}.{name}')  # a module, or an error
 
 
 def test_s6_lambda_respects_padding_and_grouped_heads():
