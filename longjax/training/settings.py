@@ -84,7 +84,7 @@ class Settings:
     model: keyword arguments of `longjax.DecoderLM` besides vocab_size, patterns
       and rngs; dtypes by name ('bfloat16').
     pattern: the kind of attention pattern of all layers: 'sliding_window',
-      'dilated', 'lambda' or 'full'; its sizes are the stages'.
+      'dilated', 'fixed_sparse', 'lambda' or 'full'; its sizes are the stages'.
     stages: see `longjax.training.stages.Stage`; a mapping for each.
     micro_batches: parts into which a batch is cut, one after the other, to
       save memory (gradient accumulation).

@@ -20,6 +20,7 @@ SCHEDULES = ('constant', 'cosine', 'linear')
 PATTERNS = {
   'sliding_window': ('windows', 'dilations'),
   'dilated': ('segment_lengths', 'ratios'),
+  'fixed_sparse': ('block', 'summary'),
   'lambda': ('windows', 'start'),
   'full': (),
 }
@@ -44,6 +45,7 @@ class Stage:
       for all heads or a tuple with one for each head.
     start: for 'lambda', how many first keys every query sees.
     segment_lengths, ratios: for 'dilated' (LongNet), the same in every layer.
+    block, summary: for 'fixed_sparse' (Sparse Transformer), likewise.
   """
 
   length: int
@@ -57,6 +59,8 @@ class Stage:
   start: int | None = None
   segment_lengths: tuple[int, ...] | None = None
   ratios: tuple[int, ...] | None = None
+  block: int | None = None
+  summary: int | None = None
 
   def __post_init__(self):
     for name in ('length', 'batch_size', 'steps'):
@@ -83,7 +87,7 @@ class Stage:
     """The attention pattern of each layer, bottom to top.
 
     Args:
-      pattern: 'sliding_window', 'dilated', 'lambda' or 'full'.
+      pattern: 'sliding_window', 'dilated', 'fixed_sparse', 'lambda' or 'full'.
       num_layers: layers of the model.
 
     Raises:
@@ -132,6 +136,8 @@ class Stage:
       )
     if pattern == 'dilated':
       return (patterns.Dilated(self.segment_lengths, self.ratios),) * num_layers
+    if pattern == 'fixed_sparse':
+      return (patterns.FixedSparse(self.block, self.summary),) * num_layers
     return (patterns.Full(),) * num_layers
 
   def window_beyond_length(self) -> int | None:

@@ -26,7 +26,10 @@ ARGUMENTS = {
     'dense,length=2048',
     '350m,bytes',
     '2.7b,rope',
+    'sparse',
+    'sparse,length=8192',
     'dense,runlocal',
+    'sparse,runlocal',
     'runlocal',
   ),
   'enwik8_lm_infinite': ('', 'budget', 'runlocal'),
@@ -221,6 +224,11 @@ def test_longnet_has_the_papers_tokens_and_flops():
   assert large['batch_size'] * large['length'] * large['steps'] / 1e9 == (
     pytest.approx(300, abs=0.01)
   )
+  (sparse,) = get_config('longnet_stack', 'sparse').stages
+  assert (sparse['block'], sparse['summary']) == (2048, 139)
+  assert sparse['steps'] == 300_000
+  with pytest.raises(ValueError, match='of dense and sparse only one'):
+    get_config('longnet_stack', 'dense,sparse')
   with pytest.raises(ValueError, match="'3b' is not one of size, length"):
     get_config('longnet_stack', '3b')
   with pytest.raises(ValueError, match='size=3b is not one of 125m, 350m'):
