@@ -5,7 +5,8 @@ Run by `main.py --mode=measure` with one of configs/*lm_infinite_*.py. The model
 ours) is measured as it is and with each variant of its attention; nothing is
 trained. The workdir gets
 
-  loss_by_position.json, .png   figures 3 to 5: nats by position in long texts
+  loss_by_position.json, .png   figures 3 to 5: nats by position in long texts;
+                                table 1: perplexity at milestones
   streaming.json, .png          figure 4: one text without end, by chunks
   passkey.json, .png            table 2: a number hidden in a text, asked for
   key_value.json, .png          the same with one of many pairs
@@ -181,6 +182,9 @@ class _Run:
           float(row[trained:].mean(dtype=np.float64)) for row in losses
         ],
         'octaves': _octaves_of(losses, trained),
+        'perplexity_at': evaluation.perplexity_at(
+          losses, _doublings(trained, length), max(trained // 4, 1)
+        ),
         'seconds': time.perf_counter() - started,
         **vars(curve),
       }
@@ -392,6 +396,12 @@ def _edges(trained: int, length: int) -> list[int]:
       edges.append(round(step))
     step *= 2**0.25
   return [*edges, length]
+
+
+def _doublings(trained: int, length: int) -> list[int]:
+  """The trained length, twice, four times, ... up to `length`."""
+  count = int(np.log2(length / trained)) + 1
+  return [trained * 2**i for i in range(count)]
 
 
 def _octaves_of(losses: np.ndarray, trained: int) -> dict[str, float]:

@@ -230,6 +230,38 @@ def loss_by_position(
   )
 
 
+def perplexity_at(
+  losses: np.ndarray, milestones: Sequence[int], window: int
+) -> dict[int, float]:
+  """Perplexity around milestones, as of LM-Infinite's table 1.
+
+  Args:
+    losses: float [documents, length - 1], nats of every token but the first.
+    milestones: positions, 2 ... length.
+    window: how many tokens before each milestone are averaged over, and over
+      all documents (fewer where the text has just begun).
+
+  Returns:
+    {milestone: exp of their mean nats}.
+
+  Raises:
+    ValueError: a milestone outside of the texts.
+  """
+  length = losses.shape[1] + 1
+  for milestone in milestones:
+    if not 2 <= milestone <= length:
+      raise ValueError(
+        f'milestone {milestone} lies outside of 2 ... {length}, the texts'
+      )
+  ends = {milestone: milestone - 1 for milestone in milestones}
+  return {
+    milestone: float(
+      np.exp(losses[:, max(0, end - window) : end].mean(dtype=np.float64))
+    )
+    for milestone, end in ends.items()
+  }
+
+
 def draw(
   results: Mapping[str, LossByPosition],
   path: str | os.PathLike,

@@ -133,3 +133,12 @@ def test_bad_input(call, message):
   model = make(longjax.Lambda(4, 1))
   with pytest.raises(ValueError, match=message):
     call(model)
+
+
+def test_perplexity_at_milestones():
+  losses = np.log([[2.0, 4, 4, 8], [2, 4, 4, 2]])
+  got = evaluation.perplexity_at(losses, (2, 4, 5), 2)
+  assert got == pytest.approx({2: 2.0, 4: 4.0, 5: 4.0})
+  for milestone in (1, 6):
+    with pytest.raises(ValueError, match=f'milestone {milestone} lies outside'):
+      evaluation.perplexity_at(losses, (milestone,), 2)
