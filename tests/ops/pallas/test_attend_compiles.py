@@ -4,9 +4,6 @@ Beside the kernels nothing is to be left that moves q, k or v more often than
 their layout asks, and nothing of length x length.
 """
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -51,10 +48,8 @@ def layer(implementation, pattern):
 def test_a_layer_of_131072_tokens_on_gpu(name):
   pattern, kernels, ceiling, _ = PATTERNS[name]
   program = compiling.gpu(layer('mosaic_gpu', pattern), *inputs())
-  print(
-    name, 'gpu', program.peak / ARRAY, len(program.kernels), program.kernels
-  )
-  assert program.peak <= ceiling * ARRAY
+  arrays = program.peak / ARRAY
+  assert arrays <= ceiling, f'{arrays:.1f} arrays'
   assert len(program.kernels) <= kernels
 
 
@@ -68,17 +63,3 @@ def test_a_layer_of_131072_tokens_on_tpu(name):
   program = compiling.tpu('v5e', layer('mosaic_tpu', pattern), *inputs())
   arrays = program.peak / ARRAY
   assert arrays <= ceiling, f'{arrays:.1f} arrays'
-
-
-def _written(text):
-  """What of the size of q is written by anything but a kernel."""
-  free = ('parameter', 'bitcast', 'get-tuple-element', 'custom-call', 'tuple')
-  written = []
-  for line in text[text.index('\nENTRY') :].splitlines():
-    found = re.match(r'\s*(?:ROOT )?%(\S+) = (.+?) ([a-z-]+)\(', line)
-    if not found or found[3] in free:
-      continue
-    shapes = re.findall(r'bf16\[([\d,]+)\]', found[2])
-    if any(2 * math.prod(map(int, s.split(','))) >= ARRAY for s in shapes):
-      written.append(found[1])
-  return written
