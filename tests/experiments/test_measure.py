@@ -15,20 +15,24 @@ from experiments.subject import Subject
 from longjax import training
 from longjax.evaluation import length as evaluation
 from longjax.interop import config_of, save_pretrained
-from longjax.models import llama
+from longjax.models import gptj, llama, mpt
 from tests.training.helpers import write_text
 
 TRAINED, START = 32, 4
 ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
 
 
+SIZES = dict(vocab_size=256, num_layers=1, features=8, num_heads=2)
+
+
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory):
   """A folder as of a pretrained model, random, and a text beside it."""
   folder = tmp_path_factory.mktemp('pretrained')
-  keywords = llama(
-    vocab_size=256, num_layers=1, features=8, num_heads=2, mlp_features=8
-  )
+  return write_pretrained(folder, llama(**SIZES, mlp_features=8))
+
+
+def write_pretrained(folder, keywords):
   model = longjax.DecoderLM(
     **keywords, patterns=longjax.Full(), rngs=nnx.Rngs(0)
   )
@@ -96,6 +100,39 @@ def test_every_measurement(pretrained, tmp_path):
   for name in result:
     picture = (tmp_path / f'{name}.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  ('name', 'keywords'),
+  [
+    ('llama2', llama(**SIZES, num_kv_heads=1, mlp_features=8)),
+    ('gptj', gptj(**SIZES, mlp_features=32, rotary_dim=2)),
+    ('mpt', mpt(**SIZES, mlp_features=32)),
+  ],
+)
+def test_the_configs_of_the_papers_models(name, keywords, tmp_path):
+  """All they ask for and every variant, on a tiny model of the family."""
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  write_pretrained(folder, keywords)
+  config = importlib.import_module(f'configs.lm_infinite_{name}').get_config()
+  given = config.copy_and_resolve_references()
+  config.model.update(path=str(folder), trained_length=TRAINED, start=START)
+  config.text.update(path=str(folder / 'text.txt'), separator='|')
+  config.loss_by_position.update(length=70, documents=2, chunk=32)
+  for task in (config.passkey, config.key_value):
+    task.update(lengths=(500,), depths=(0.5,), samples=1)
+  config.passkey.middle_first_layer = 0
+  config.overlap.update(milestones=(20, 60), tokens=5, documents=2)
+  result = measure.measure(config, tmp_path / 'measured')
+  losses = result['loss_by_position']
+  assert losses.keys() == set(given.variants)
+  assert np.isfinite([*losses.values()]).all()
+  for task in ('passkey', 'key_value', 'overlap'):
+    assert {'vanilla', 'LM-Infinite'} <= result[task].keys()
+  top = f'LM-Infinite, top {given.passkey.middle_keys}'
+  assert (top in result['passkey']) == bool(given.passkey.middle_keys)
 
 
 def test_what_is_finished_is_kept(pretrained, tmp_path, monkeypatch):
