@@ -213,8 +213,11 @@ def init_dilated_cache(
       slots=-(-held // ratio),
     )
     streams = len(thinning.stream_offsets)
-    zeros = jnp.zeros((batch_size, streams, thinning.slots, head_dim), dtype)
-    return SegmentCache(zeros, zeros, thinning)
+    shape = batch_size, streams, thinning.slots, head_dim
+    # An array each: a caller may give both away to be written in place.
+    return SegmentCache(
+      jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), thinning
+    )
 
   sizes = zip(pattern.segment_lengths, pattern.ratios, strict=True)
   return DilatedCache(tuple(make(*size) for size in sizes), relative)

@@ -73,13 +73,13 @@ def test_repetition_penalty():
   prompt = [1, 2]
   penalty = 20.0
   out = sample(MODEL, prompt, 6, temperature=0, repetition_penalty=penalty)
-  tokens = list(prompt)
-  for token in out:
-    logits = np.array(MODEL(jnp.asarray([tokens]))[0, -1])
-    for seen in set(tokens):
+  tokens = [*prompt, *map(int, out)]
+  before = np.array(MODEL(jnp.asarray([tokens]))[0])
+  for step in range(len(prompt), len(tokens)):
+    logits = before[step - 1]
+    for seen in set(tokens[:step]):
       logits[seen] *= penalty if logits[seen] < 0 else 1 / penalty
-    assert token == logits.argmax()
-    tokens.append(int(token))
+    assert tokens[step] == logits.argmax()
   plain = sample(MODEL, prompt, 6, temperature=0)
   assert (plain != out).any()
   shifted = make(output_bias=True)

@@ -84,14 +84,33 @@ CASES = {
     ROPE | {'positions': jnp.asarray([7, 100])},
   ),
 }
-# On all meshes in the default run; the others on one.
-EVERY_MESH = ('window', 'lambda', 'full', 'LongNet', 'globals')
+# The default run; all others are in the whole grid.
+USUAL = {
+  2: ('lambda', 'full'),
+  4: (
+    'window',
+    'two-sided window',
+    'dilations',
+    'lambda, many start keys',
+    'full, two-sided',
+    'LongNet',
+    'LongNet, two-sided',
+    'LongNet, torchscale',
+    'LongNet, xPos',
+    'globals, causal',
+    'documents',
+    'Transformer-XL',
+    'dropout',
+    'two-sided, elsewhere',
+  ),
+  8: ('window longer than the sequence', 'LongNet', 'globals', 'Self-Extend'),
+}
 
 
 def grid():
   for name in CASES:
     for devices in (1, 2, 4, 8):
-      usual = devices == 4 or name in EVERY_MESH and devices != 1
+      usual = name in USUAL.get(devices, ())
       yield pytest.param(
         name,
         devices,

@@ -125,8 +125,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('gradient', [False, True], ids=['forward', 'gradient'])
-@pytest.mark.parametrize('name', CASES)
+def grid():
+  usual = ('lambda', 'globals', 'LongNet', 'full')
+  for name in CASES:
+    yield pytest.param(name, False, id=f'{name}, forward')
+    marks = () if name in usual else pytest.mark.full
+    yield pytest.param(name, True, id=f'{name}, gradient', marks=marks)
+
+
+@pytest.mark.parametrize(('name', 'gradient'), list(grid()))
 def test_nothing_larger_travels(name, gradient):
   pattern, options, limit, count = CASES[name]
   lowered, compiled = programs(pattern, gradient, **options)

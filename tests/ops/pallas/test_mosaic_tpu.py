@@ -188,7 +188,7 @@ SIMULATED_STRUCTURES = (
 )
 
 
-SIMULATED_WHERE = ('two_sided', 'shifted', 'nothing')
+SIMULATED_WHERE = ('two_sided', 'shifted')
 
 
 def structure(name, where):
