@@ -112,6 +112,19 @@ CASES = {
   ),
 }
 
+# Of these, what interpreters compute by default, in seconds each; kernels have
+# tests of their own.
+INTERPRETED = (
+  'length 1',
+  'length 128',
+  'dilation, ragged',
+  'packed, soft cap',
+  'start and global keys',
+  'segments, detached',
+  'positions of each row',
+  'few queries, many keys',
+)
+
 # What an implementation may refuse, by name: as in CASES.
 FEATURES = {
   'ALiBi': (longjax.Full(), {}, dict(position=longjax.ALiBi())),
@@ -276,6 +289,9 @@ class AttentionTests:
 
   @pytest.mark.parametrize('case', CASES)
   def test_against_the_definition(self, case):
+    self.check_against_the_definition(case)
+
+  def check_against_the_definition(self, case):
     pattern, sizes, options = CASES[case]
     x = self.inputs(**sizes)
     got = self.compiled(pattern, **options)(x)
@@ -402,4 +418,23 @@ class AttentionTests:
     assert 0.8 * spread < shares.std() < 1.2 * spread
 
 
-__all__ = ['AttentionTests', 'CASES', 'FEATURES']
+def interpreted_against_the_definition():
+  """That test with the other cases left to the whole grid."""
+  cases = [
+    pytest.param(case, marks=() if case in INTERPRETED else pytest.mark.full)
+    for case in CASES
+  ]
+
+  @pytest.mark.parametrize('case', cases)
+  def test(self, case):
+    self.check_against_the_definition(case)
+
+  return test
+
+
+__all__ = [
+  'AttentionTests',
+  'CASES',
+  'FEATURES',
+  'interpreted_against_the_definition',
+]

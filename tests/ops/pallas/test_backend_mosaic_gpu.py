@@ -5,7 +5,11 @@ import contextlib
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.ops.attention_tests import REFUSED_BY_KERNELS, AttentionTests
+from tests.ops.attention_tests import (
+  REFUSED_BY_KERNELS,
+  AttentionTests,
+  interpreted_against_the_definition,
+)
 from tests.ops.pallas import interpreting
 
 
@@ -18,6 +22,7 @@ class TestMosaicGpu(AttentionTests):
     'head size 24': 'head size 24',
     'float32': 'not float32',
   }
+  test_against_the_definition = interpreted_against_the_definition()
 
   @contextlib.contextmanager
   def running(self):

@@ -5,7 +5,11 @@ import contextlib
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.ops.attention_tests import REFUSED_BY_KERNELS, AttentionTests
+from tests.ops.attention_tests import (
+  REFUSED_BY_KERNELS,
+  AttentionTests,
+  interpreted_against_the_definition,
+)
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 
@@ -18,6 +22,7 @@ class TestMosaicTpu(AttentionTests):
   refused = REFUSED_BY_KERNELS | {
     'float16': 'float16',
   }
+  test_against_the_definition = interpreted_against_the_definition()
 
   @contextlib.contextmanager
   def running(self):

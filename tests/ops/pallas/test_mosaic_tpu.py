@@ -320,6 +320,7 @@ def test_gradients_of_two_bands_add_up_to_those_of_both():
     assert_near(name, got, getattr(wanted, name), BOUNDS[F32]['gradient'])
 
 
+@pytest.mark.full
 def test_sums_have_one_order_whatever_the_order_of_programs():
   spec, x, config = structure('prefix, everything', 'two_sided')
   dout, _ = cotangents(spec, x)

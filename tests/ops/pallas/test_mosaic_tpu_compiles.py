@@ -134,6 +134,7 @@ def test_the_compiler_refuses_a_kernel_over_its_limit(kernel, monkeypatch):
     compiling.tpu('v5e', run, *arguments)
 
 
+@pytest.mark.full
 def test_thousands_of_sequences_fit_into_scalar_memory():
   """Every segment of LongNet's shortest branch at a million tokens."""
   spec = Spec(0.1, residues=(0,) * 4)
