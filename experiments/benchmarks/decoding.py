@@ -181,7 +181,11 @@ def draw(record, path):
   all_axes = canvas.subplots(1, 3)
   for axes, label, records, value, unit in zip(
     all_axes,
-    ('milliseconds per token', 'cache (MB)', 'peak memory (MB)'),
+    (
+      'ms per token (dashed: processor)',
+      'cache (MB)',
+      'peak memory (MB)',
+    ),
     (record['timings'], record['memory'], record['memory']),
     ('median_seconds', 'cache_bytes', 'peak_bytes'),
     (1e-3, 1e6, 1e6),
