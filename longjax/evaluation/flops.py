@@ -58,8 +58,7 @@ def paper_keys(pattern: Pattern, length: int) -> float | None:
   if isinstance(pattern, Full):
     return float(length)
   if isinstance(pattern, Dilated):
-    sizes = zip(pattern.segment_lengths, pattern.ratios, strict=True)
-    return sum(min(w, length) / r**2 for w, r in sizes)
+    return pattern.keys_per_query(length)
   return None
 
 
