@@ -20,7 +20,12 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-  name: str, path=None, *, vocab: str | None = None, data_dir=None
+  name: str,
+  path=None,
+  *,
+  vocab: str | None = None,
+  data_dir=None,
+  min_document_bytes: int = 0,
 ) -> corpus.Corpus:
   """Loads a text: tokens of its training, validation and test splits.
 
@@ -48,6 +53,7 @@ def load(
       cl100k_base.tiktoken. None: 'letters' for text8, 'bytes' for the others.
     data_dir: where tensorflow-datasets keeps prepared sets. None: its own
       default, and only for the official sets.
+    min_document_bytes: leave shorter files out, of python_source or a folder.
 
   Returns:
     The corpus.
@@ -65,7 +71,9 @@ def load(
   if vocab is None:
     vocab = vocabulary.LETTERS if name == 'text8' else vocabulary.BYTES
   vocabulary.check(vocab)
-  loaded = corpus.build(name, _read(name, path, data_dir), vocab)
+  loaded = corpus.build(
+    name, _read(name, path, data_dir, min_document_bytes), vocab
+  )
   _log.info(
     '%s: %s; %s tokens, %d symbols',
     name,
@@ -76,7 +84,7 @@ def load(
   return loaded
 
 
-def _read(name: str, path, data_dir) -> splits_lib.Splits:
+def _read(name: str, path, data_dir, min_bytes) -> splits_lib.Splits:
   if name == 'python_source' and path is not None:
     raise ValueError(f"python_source takes no path ({path}); use name='text'")
   if name == 'text' and path is None:
@@ -86,8 +94,14 @@ def _read(name: str, path, data_dir) -> splits_lib.Splits:
       f'data_dir={str(data_dir)!r} has no use with the path of a {name}: it is'
       ' read as it is'
     )
+  if min_bytes and (name not in ('python_source', 'text') or data_dir):
+    raise ValueError(
+      f'min_document_bytes={min_bytes}: only documents of python_source, or of '
+      f'the folder of a text, can be left out, not of '
+      + (f'data_dir={str(data_dir)!r}' if data_dir else name)
+    )
   if name == 'text':
-    return text.read(path)
+    return text.read(path, min_bytes)
   if name == 'pg19':
     return pg19.read_prepared(data_dir) if path is None else pg19.read(path)
   if data_dir is not None or (path is None and name in _WIKIPEDIA):
@@ -97,5 +111,5 @@ def _read(name: str, path, data_dir) -> splits_lib.Splits:
 
     return builders.load(name, path, data_dir)
   if name == 'python_source':
-    return python_source.read()
+    return python_source.read(min_bytes)
   return wikipedia.read(_WIKIPEDIA[name], path)

@@ -4,10 +4,9 @@ Either a local file of JSON lines, {"id", "title", "year", "text"} a book, or
 the catalogue's own `pg19`, which keeps its official splits.
 """
 
-import json
 import pathlib
 
-from longjax.data import files, optional
+from longjax.data import files, jsonl, optional
 from longjax.data import splits as splits_lib
 
 
@@ -19,17 +18,12 @@ def read(path) -> splits_lib.Splits:
       a line that is no book, naming the line.
   """
   path = pathlib.Path(path)
-  lines = files.read_bytes(path).split(b'\n')
-  books = [
-    _text(line, f'{path} line {number}')
-    for number, line in enumerate(lines, start=1)
-    if line.strip()
-  ]
+  books = [_text(book, where) for where, book in jsonl.read(path)]
   if not books:
     raise ValueError(f'{path} holds no books')
   return splits_lib.by_document(
     books,
-    f'{len(books)} books of {path.name}, not the official PG-19 splits'
+    f'books of {path.name}, not the official PG-19 splits'
     ' (figures are not comparable with published ones)',
   )
 
@@ -63,12 +57,8 @@ def read_prepared(data_dir=None) -> splits_lib.Splits:
   )
 
 
-def _text(line: bytes, where: str) -> bytes:
-  try:
-    book = json.loads(line)
-  except ValueError as error:
-    raise ValueError(f'{where} is not JSON: {error}') from error
-  if not isinstance(book, dict) or not isinstance(book.get('text'), str):
+def _text(book: dict, where: str) -> bytes:
+  if not isinstance(book.get('text'), str):
     raise ValueError(
       f"{where} has no 'text'; a book is {{id, title, year, text}}"
     )

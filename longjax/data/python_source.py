@@ -47,11 +47,15 @@ def paths(root: pathlib.Path) -> list[pathlib.Path]:
   return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def read() -> splits_lib.Splits:
+def read(min_bytes: int = 0) -> splits_lib.Splits:
   """The standard library's files, split by file (18 : 1 : 1).
+
+  Args:
+    min_bytes: shorter files are left out.
 
   Raises:
     FileNotFoundError: this Python carries no source files.
+    ValueError: no file is that long.
   """
   root = pathlib.Path(sysconfig.get_path('stdlib'))
   found = paths(root)
@@ -62,6 +66,7 @@ def read() -> splits_lib.Splits:
     )
   return splits_lib.by_document(
     [path.read_bytes() for path in found],
-    f'{len(found)} files of the standard library of'
+    f'files of the standard library of'
     f' {platform.python_implementation()} {platform.python_version()}',
+    min_bytes,
   )

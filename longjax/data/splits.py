@@ -45,12 +45,34 @@ def proportional(data: bytes, description: str) -> Splits:
   )
 
 
-def by_document(documents: Sequence[bytes], description: str) -> Splits:
+def by_document(
+  documents: Sequence[bytes], name: str, min_bytes: int = 0
+) -> Splits:
   """Whole documents: of every 20 the 10th is validation, the 20th test.
 
   With fewer than 20 documents there is nothing to choose among: they are put
   one after another and split by position.
+
+  Args:
+    documents: in their order.
+    name: what they are, '... of ...'; their number is put before it.
+    min_bytes: shorter ones are left out, before anything else.
+
+  Raises:
+    ValueError: for negative `min_bytes`, or more than any document has.
   """
+  if min_bytes < 0:
+    raise ValueError(f'min_bytes must not be negative, got {min_bytes}')
+  longest = max(map(len, documents))
+  if min_bytes > longest:
+    raise ValueError(
+      f'no document has {min_bytes} bytes: the longest of the {len(documents)} '
+      f'{name} has {longest}'
+    )
+  documents = [text for text in documents if len(text) >= min_bytes]
+  description = f'{len(documents)} {name}' + (
+    f' of {min_bytes:,} bytes or more' if min_bytes else ''
+  )
   if len(documents) < PERIOD:
     return proportional(files.join(documents), description)
   parts = {name: [] for name in NAMES}

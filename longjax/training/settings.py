@@ -21,6 +21,7 @@ class Data:
     vocab: 'bytes', 'compact' or what else the data set offers; '' for its own.
     data_dir: where prepared data sets are kept; '' for the default.
     loader: 'grain', or 'numpy' where grain is not installed.
+    min_document_bytes: leave shorter files out, of python_source or a folder.
   """
 
   name: str = 'python_source'
@@ -28,6 +29,7 @@ class Data:
   vocab: str = ''
   data_dir: str = ''
   loader: str = 'grain'
+  min_document_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

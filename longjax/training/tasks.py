@@ -37,7 +37,7 @@ class LanguageModelling:
     where = settings.data
     optional = {
       name: getattr(where, name)
-      for name in ('path', 'vocab', 'data_dir')
+      for name in ('path', 'vocab', 'data_dir', 'min_document_bytes')
       if getattr(where, name)
     }
     self.corpus = data.load(where.name, **optional)

@@ -255,3 +255,20 @@ except ModuleNotFoundError as error:
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )
   assert done.stdout.startswith("loader='grain' needs grain, which is not")
+
+
+def test_short_documents_are_left_out(tmp_path):
+  for number in range(1, 4):
+    (tmp_path / f'{number}.txt').write_bytes(b'%d' % number * 100 * number)
+  corpus = data.load('text', tmp_path, min_document_bytes=200)
+  assert corpus.description.startswith('2 files of the folder')
+  assert set(corpus.train) == {ord('2'), ord('3'), ord('\n')}
+
+
+def test_whose_documents_can_be_left_out(tmp_path):
+  file = tmp_path / 'a.txt'
+  file.write_bytes(b'x' * 100)
+  with pytest.raises(ValueError, match=r'a\.txt is one file, not a folder'):
+    data.load('text', file, min_document_bytes=5)
+  with pytest.raises(ValueError, match='min_document_bytes=5.*not of text8'):
+    data.load('text8', file, min_document_bytes=5)

@@ -24,7 +24,7 @@ def test_documents_are_kept_whole():
   assert s.train == b''.join(
     text for i, text in enumerate(documents) if i not in (9, 19, 29, 39)
   )
-  assert s.description == 'x, split by document (41/2/2)'
+  assert s.description == '45 x, split by document (41/2/2)'
 
 
 def test_few_documents_are_split_by_position():
@@ -34,3 +34,20 @@ def test_few_documents_are_split_by_position():
   )
   assert len(s.test) == 5
   assert 'by position' in s.description
+
+
+def test_short_documents_are_left_out_before_the_split():
+  documents = [bytes([65 + i % 26]) * (i + 1) + b'\n' for i in range(45)]
+  s = splits.by_document(documents, 'x', min_bytes=20)
+  assert s == splits.by_document(documents[18:], 'x')._replace(
+    description='27 x of 20 bytes or more, split by document (25/1/1)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('min_bytes', 'message'),
+  [(-1, 'not be negative, got -1'), (9, 'no document has 9.*longest.*has 8')],
+)
+def test_a_least_size_that_cannot_be(min_bytes, message):
+  with pytest.raises(ValueError, match=message):
+    splits.by_document([b'12345678', b'123'], 'x', min_bytes)
