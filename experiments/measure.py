@@ -22,9 +22,7 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import shutil
-import subprocess
 import time
 
 import jax
@@ -33,6 +31,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import longjax
+from experiments import stamp
 from experiments.subject import Subject
 from longjax.evaluation import length as evaluation
 from longjax.evaluation import overlap, retrieval
@@ -106,7 +105,7 @@ class _Run:
     self.subject = Subject(config)
     self._models = {}
     # Of the code that runs: the repository may move on meanwhile.
-    self._commit = _commit()
+    self._stamp = stamp.stamp(stamp.command('experiments.main'))
     workdir.mkdir(parents=True, exist_ok=True)
 
   def model(self, label):
@@ -143,10 +142,7 @@ class _Run:
   def write(self, name, results):
     record = {
       'settings': self._settings(name),
-      'commit': self._commit,
-      'device': f'{jax.devices()[0].device_kind}, {platform.machine()}, '
-      f'{os.cpu_count()} cores',
-      'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+      **self._stamp,
       'results': results,
     }
     path = self.workdir / f'{name}.json'
@@ -424,13 +420,3 @@ def _resident_bytes() -> int:
   except OSError:
     return 0
   return pages * os.sysconf('SC_PAGE_SIZE')
-
-
-def _commit() -> str | None:
-  done = subprocess.run(
-    ['git', 'rev-parse', 'HEAD'],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parent,
-  )
-  return done.stdout.strip() or None

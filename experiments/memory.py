@@ -18,14 +18,13 @@ import argparse
 import json
 import pathlib
 import re
-import subprocess
 import time
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import targets
+from experiments import stamp, targets
 from longjax import DecoderLM, Dilated
 from longjax.models.longnet import longnet, schedule
 from longjax.nn.memory import POLICIES
@@ -70,7 +69,7 @@ def training_step(length: int, pattern: Dilated, **options):
 
   def loss(model, batch, dropout_key):
     del dropout_key
-    return next_token_losses(model, batch['tokens']).mean()
+    return next_token_losses(model, batch['tokens']).mean(), 1.0
 
   state = {
     'params': params,
@@ -158,10 +157,10 @@ def main(argv=None):
       remat=args.remat,
       implementation=args.implementation,
     )
-    line['jax'] = jax.__version__
-    line['commit'] = subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # Nothing runs on the device that is compiled for: that is the line's own.
+    line['stamp'] = stamp.stamp(
+      stamp.command('experiments.memory', argv), device=stamp.cpu()
+    )
     print(json.dumps(line), flush=True)
     lines.append(line)
     record.write_text(json.dumps(lines, indent=2) + '\n')

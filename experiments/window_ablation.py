@@ -7,16 +7,14 @@ it was. FOLDER gets results.json and bits.png.
 """
 
 import json
-import os
 import pathlib
-import platform
-import subprocess
+import statistics
 import sys
 
-import jax
 from absl import app, flags
 
 from configs import text8_windows
+from experiments import stamp
 from longjax import training
 
 _DATA = flags.DEFINE_string('data', None, 'text8, or a prefix of it.')
@@ -42,15 +40,13 @@ def main(argv):
       )
   out.mkdir(parents=True, exist_ok=True)
   record = {
-    # The file's own name only: where it lay is of no interest.
-    'command': 'python -m experiments.window_ablation '
-    f'--data={pathlib.Path(_DATA.value).name} --steps={_STEPS.value} '
-    f'--seeds={_SEEDS.value} --out={_OUT.value}',
-    'commit': subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip(),
-    'device': f'{platform.machine()} CPU, {os.cpu_count()} cores',
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **stamp.stamp(stamp.command('experiments.window_ablation')),
+    'mean_bits_per_character': {
+      schedule: statistics.mean(
+        r['bits_per_character'] for r in results if r['schedule'] == schedule
+      )
+      for schedule in text8_windows.WINDOWS
+    },
     'results': results,
   }
   (out / 'results.json').write_text(json.dumps(record, indent=2) + '\n')

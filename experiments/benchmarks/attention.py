@@ -12,12 +12,10 @@ each target of the project. `--rehearse` runs tiny cases on a CPU.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
 import pathlib
-import platform
 import re
 import statistics
 import sys
@@ -25,9 +23,9 @@ import tempfile
 import threading
 import time
 
+from experiments import stamp
 from experiments.benchmarks import cases, process, report
 from experiments.benchmarks.cases import MODES
-from experiments.benchmarks.cpu_attention import commit
 from experiments.benchmarks.process import ROOT, Failed, Hangs, Process
 
 MODULES = {
@@ -347,7 +345,6 @@ def parse(arguments):
   add('--lanes', type=int, default=3, help='cases set up side by side')
   add('--python', type=pathlib.Path, default=pathlib.Path(sys.executable))
   add('--torch-python', type=pathlib.Path, default=default_torch_python())
-  add('--commit', default=os.environ.get('COMMIT'), help='where git is absent')
   add('--no-profile', action='store_true', help='no times of single kernels')
   add('--list', action='store_true', help='print the cases and end')
   add('--rehearse', action='store_true', help='tiny cases, on a CPU')
@@ -381,14 +378,11 @@ def main(arguments=None):
     return
   record.values['runs'].append(
     {
-      'command': ' '.join(
-        ['python -m experiments.benchmarks.attention']
-        # Folders are of this machine only.
-        + [a for a in sys.argv[1:] if '/' not in a]
+      # The workers say which GPU.
+      **stamp.stamp(
+        stamp.command('experiments.benchmarks.attention', arguments),
+        device=stamp.cpu(),
       ),
-      'commit': args.commit or commit(),
-      'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-      'python': platform.python_version(),
       'repeats': args.repeats,
       'seconds': args.seconds,
       'rehearsal': args.rehearse,

@@ -1,6 +1,6 @@
 """Longformer's attention on a CPU: longjax against Hugging Face, in one run.
 
-  python experiments/benchmarks/cpu_attention.py --out=cpu_attention.json
+  python -m experiments.benchmarks.cpu_attention --out=cpu_attention.json
 
 The layer is q, k and v projections and two-sided sliding-window attention over
 [1, n, 12 heads, 64] in float32, 256 keys on each side: exactly what
@@ -13,18 +13,17 @@ libraries included (they are listed too). Linux only.
 """
 
 import argparse
-import contextlib
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
+
+from experiments import stamp
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
@@ -305,29 +304,6 @@ def report(record):
   return '\n'.join(lines)
 
 
-def machine():
-  """The processor's name, and how many cores are used."""
-  name = platform.processor() or platform.machine()
-  with contextlib.suppress(OSError), open('/proc/cpuinfo') as lines:
-    for line in lines:
-      if line.startswith('model name'):
-        name = line.split(':', 1)[1].strip()
-        break
-  return name
-
-
-def commit():
-  """The commit, with '+' where tracked files differ from it."""
-
-  def git(*arguments):
-    return subprocess.run(
-      ('git', *arguments), cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-
-  changed = git('status', '--porcelain', '--untracked-files=no')
-  return git('rev-parse', 'HEAD') + ('+' if changed else '')
-
-
 def parse(arguments):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -388,14 +364,12 @@ def main(arguments=None):
     python=args.python,
   )
   record = {
-    'command': ' '.join(
-      ['python', 'experiments/benchmarks/cpu_attention.py', *sys.argv[1:]]
+    # This process computes nothing: versions are those of the workers.
+    **stamp.stamp(
+      stamp.command('experiments.benchmarks.cpu_attention', arguments),
+      device=stamp.cpu(),
     ),
-    'commit': commit(),
-    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'machine': machine(),
     'threads': args.threads,
-    'python': platform.python_version(),
     'seed': args.seed,
     'shape': [1, 'n', args.heads, args.head_dim],
     'keys_each_side': args.side,
@@ -422,9 +396,10 @@ def main(arguments=None):
     for mode in MODES
     if who != FULL or benchmark.full_attention_fits(length)
   ]
-  record['timings'], record['versions'] = measure_times(
+  record['timings'], versions = measure_times(
     benchmark, args.lengths, args.repeats
   )
+  record['versions'] |= versions
   record['ratios'] = judge(record)
   print(report(record))
   if args.out:

@@ -17,17 +17,16 @@ only.
 """
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
 
 import numpy as np
 
+from experiments import stamp
 from experiments.benchmarks import cpu_attention
 
 BOUNDED, WHOLE = 'LM-Infinite', 'whole cache'
@@ -277,13 +276,11 @@ def main(arguments=None):
     seed=args.seed,
   )
   record = {
-    'commit': cpu_attention.commit(),
-    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'machine': cpu_attention.machine(),
-    # Of a shared machine: how many processes waited for a core.
-    'load': os.getloadavg()[0],
+    **stamp.stamp(
+      stamp.command('experiments.benchmarks.decoding', arguments),
+      device=stamp.cpu(),
+    ),
     'threads': args.threads,
-    'python': platform.python_version(),
     'seed': args.seed,
     'model': sizes if args.model is None else args.model.name,
     'window': args.window,
@@ -304,9 +301,10 @@ def main(arguments=None):
     for who in (BOUNDED, WHOLE)
     for length in args.lengths
   ]
-  record['timings'], record['versions'] = measure_times(
+  record['timings'], versions = measure_times(
     benchmark, args.lengths, args.repeats, args.tokens
   )
+  record['versions'] |= versions
   record['ratios'] = judge(record)
   print(report(record))
   if args.out:

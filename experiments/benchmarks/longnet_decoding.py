@@ -13,11 +13,8 @@ gets decoding.json.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 
 import jax
@@ -25,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import stamp
 from longjax import DecoderLM
 from longjax.models.longnet import schedule
 
@@ -144,14 +142,9 @@ def main(argv=None):
     for position, taken in times.items()
   ]
   record = {
-    'command': 'python -m experiments.benchmarks.longnet_decoding '
-    f'--repeats={args.repeats} --steps={args.steps}',
-    'commit': subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip(),
-    'device': f'{platform.machine()} CPU, {os.cpu_count()} cores',
-    'load_average': os.getloadavg(),
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **stamp.stamp(
+      stamp.command('experiments.benchmarks.longnet_decoding', argv)
+    ),
     'largest_difference': difference,
     'results': results,
   }

@@ -17,17 +17,15 @@ seconds of the clock. DIR gets runtime.json and runtime.png.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 
 import jax
 import jax.numpy as jnp
 
 import longjax
+from experiments import stamp
 from experiments.memory import make_pattern
 
 LONGNET, DENSE = 'LongNet', 'dense'
@@ -143,16 +141,9 @@ def main(argv=None):
     for (kind, length), taken in samples.items()
   ]
   record = {
-    'command': 'python -m experiments.benchmarks.longnet_runtime '
-    f'--tokens={args.tokens} --lengths={args.lengths} --heads={args.heads} '
-    f'--head_dim={args.head_dim} --repeats={args.repeats} '
-    f'--dense_seconds={args.dense_seconds:g}',
-    'commit': subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip(),
-    'device': f'{platform.machine()} CPU, {os.cpu_count()} cores',
-    'load_average': os.getloadavg(),
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **stamp.stamp(
+      stamp.command('experiments.benchmarks.longnet_runtime', argv)
+    ),
     'results': results,
   }
   args.out.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,8 @@ and the most memory the process ever had, libraries included.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import resource
-import subprocess
 import time
 
 import jax
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import stamp
 from experiments.memory import make_pattern, training_step
 from longjax import DecoderLM
 from longjax.models.longnet import longnet
@@ -72,14 +70,7 @@ def main(argv=None):
     )
     print(taken[-1], flush=True)
   record = {
-    'command': 'python -m experiments.benchmarks.longnet_step '
-    f'--length={args.length} --steps={args.steps}',
-    'commit': subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True
-    ).stdout.strip(),
-    'device': f'{platform.machine()} CPU, {os.cpu_count()} cores',
-    'load_average': os.getloadavg(),
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **stamp.stamp(stamp.command('experiments.benchmarks.longnet_step', argv)),
     'length': args.length,
     'temporary_gib': round(temporary / 2**30, 2),
     # Linux counts in KiB.

@@ -13,11 +13,9 @@ through two tiles of a tiny call on a CPU.
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -25,8 +23,8 @@ import sys
 import threading
 import time
 
+from experiments import stamp
 from experiments.benchmarks import cases, timing
-from experiments.benchmarks.cpu_attention import commit
 from experiments.benchmarks.process import (
   Failed,
   Hangs,
@@ -308,7 +306,6 @@ def parse(arguments):
   add('--workers', type=int, default=8)
   add('--repeats', type=int, default=5)
   add('--seconds', type=float, default=0.02, help='of each turn')
-  add('--commit', default=os.environ.get('COMMIT'))
   add('--rehearse', action='store_true', help='two tiles, on a CPU')
   add('--worker', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
@@ -326,8 +323,10 @@ def main(arguments=None):
   folder = pathlib.Path(args.record)
   folder.mkdir(parents=True, exist_ok=True)
   table = {
-    'commit': args.commit or commit(),
-    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    **stamp.stamp(
+      stamp.command('experiments.benchmarks.tune', arguments),
+      device=stamp.cpu(),
+    ),
     'tiles': [],
   }
   started = time.monotonic()
