@@ -131,10 +131,8 @@ def problems(folder: pathlib.Path) -> list[str]:
       if stamp.without_places(text) != text:
         say(f'{path.name} names a place on a machine, or a password')
   if not (folder / FILE).is_file():
-    return [
-      *found,
-      f'{FILE} is missing: experiments/record.py says what it has',
-    ]
+    say(f'{FILE} is missing: experiments/record.py says what it has')
+    return [f'{folder.name}: {line}' for line in found]
   try:
     record = json.loads((folder / FILE).read_text())
     found += _problems_of(record, folder)
