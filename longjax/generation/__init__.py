@@ -1,6 +1,6 @@
 """Text from trained decoders and encoder-decoders."""
 
-from longjax.generation.beam import generate
+from longjax.generation.beam import decode, generate
 from longjax.generation.sample import choose, sample
 
-__all__ = ['choose', 'generate', 'sample']
+__all__ = ['choose', 'decode', 'generate', 'sample']

@@ -116,6 +116,71 @@ def generate(
   Raises:
     ValueError: an option out of range, or what the model refuses.
   """
+  options = _make_options(
+    model,
+    max_length=max_length,
+    min_length=min_length,
+    num_beams=num_beams,
+    length_penalty=length_penalty,
+    early_stopping=early_stopping,
+    no_repeat_ngram=no_repeat_ngram,
+    repetition_penalty=repetition_penalty,
+    forced_bos=forced_bos,
+    forced_eos=forced_eos,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+  )
+  # What is wrong with the input is refused here, where it can be seen.
+  prepared = model.prepare(tokens, mask, global_mask)
+  graphdef, state = nnx.split(model)
+  texts, scores = _generate(
+    graphdef, state, prepared, jax.random.key(seed), options
+  )
+  return np.asarray(texts), np.asarray(scores)
+
+
+def decode(
+  model: nnx.Module, tokens, *, mask=None, global_mask=None, key=None, **options
+):
+  """`generate` where the model is traced: inside of `jax.jit`.
+
+  Args:
+    model, tokens, mask, global_mask: as of `generate`.
+    key: of what is drawn, where a temperature is above 0.
+    **options: the others of `generate`, but for the seed.
+
+  Returns:
+    (texts int32 [batch, max_length], scores float32 [batch]).
+
+  Raises:
+    ValueError: an option out of range. What is wrong with the tokens cannot be
+      seen here: see `LED.__call__`.
+  """
+  if key is None:
+    if options.get('temperature'):
+      raise ValueError('a temperature above 0 draws tokens: give a key')
+    key = jax.random.key(0)
+  prepared = model.prepare(tokens, mask, global_mask)
+  return _decode(model, prepared, key, _make_options(model, **options))
+
+
+def _make_options(
+  model,
+  *,
+  max_length=256,
+  min_length=0,
+  num_beams=1,
+  length_penalty=1.0,
+  early_stopping=False,
+  no_repeat_ngram=0,
+  repetition_penalty=1.0,
+  forced_bos=None,
+  forced_eos=None,
+  temperature=0.0,
+  top_k=None,
+  top_p=None,
+) -> _Options:
   _check(model, num_beams, max_length, min_length, early_stopping, temperature)
   if no_repeat_ngram < 0:
     raise ValueError(f'no_repeat_ngram must be >= 0, got {no_repeat_ngram}')
@@ -135,7 +200,7 @@ def generate(
     )
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f'top_p must be in (0, 1], got {top_p}')
-  options = _Options(
+  return _Options(
     num_beams=num_beams,
     max_length=max_length,
     no_repeat_ngram=no_repeat_ngram,
@@ -151,13 +216,6 @@ def generate(
     temperature=jnp.float32(temperature),
     top_p=jnp.float32(1 if top_p is None else top_p),
   )
-  # What is wrong with the input is refused here, where it can be seen.
-  prepared = model.prepare(tokens, mask, global_mask)
-  graphdef, state = nnx.split(model)
-  texts, scores = _generate(
-    graphdef, state, prepared, jax.random.key(seed), options
-  )
-  return np.asarray(texts), np.asarray(scores)
 
 
 def _check(
@@ -194,7 +252,10 @@ def _check(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(graphdef, state, prepared, key, options):
-  model = nnx.merge(graphdef, state)
+  return _decode(nnx.merge(graphdef, state), prepared, key, options)
+
+
+def _decode(model, prepared, key, options):
   states, segment_ids = model.encode_prepared(prepared)
   start = model.init_state(
     states, segment_ids, options.max_length - 1, options.num_beams

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import longjax
-from longjax.generation import beam, generate
+from longjax.generation import beam, decode, generate
 from longjax.interop import led as interop
 from longjax.models.led import LED
 
@@ -100,6 +100,25 @@ def test_a_row_does_not_depend_on_the_others():
     again, again_scores = search(name, others)
     np.testing.assert_array_equal(texts[1], again[1])
     np.testing.assert_allclose(scores[1], again_scores[1], rtol=1e-5)
+
+
+def test_decode_is_generate_where_the_model_is_traced():
+  graphdef, state = nnx.split(model())
+  tokens = goldens()['search/tokens']
+  options = {NAMES.get(k, k): v for k, v in SEARCHES['greedy'].items()}
+
+  @jax.jit
+  def run(state, tokens):
+    model = nnx.merge(graphdef, state)
+    return decode(model, tokens, max_length=MAX_LENGTH, **options)
+
+  texts, _ = run(state, tokens)
+  wanted = goldens()['search/greedy/texts']
+  np.testing.assert_array_equal(texts[:, : wanted.shape[1]], wanted)
+  with pytest.raises(ValueError, match='num_beams must be at least 1, got 0'):
+    decode(model(), tokens, num_beams=0)
+  with pytest.raises(ValueError, match='draws tokens: give a key'):
+    decode(model(), tokens, temperature=0.5)
 
 
 def test_enough_beams_find_the_best_text():
