@@ -5,17 +5,18 @@ import math
 
 import ml_collections
 
+from longjax import training
 from longjax.models import decoder
-from longjax.training import Settings
 
 
-def make_config() -> ml_collections.ConfigDict:
+def make_config(task: str = 'language_modelling') -> ml_collections.ConfigDict:
   """A config with every key there is, at its default, ready to be changed.
 
-  Stays locked: a key that is not in `longjax.training.Settings` is refused,
-  but for the model's, which are DecoderLM's arguments.
+  Stays locked: a key that is not in the settings of the task (see
+  `longjax.training.tasks`) is refused, but for the model's arguments.
   """
-  config = ml_collections.ConfigDict(dataclasses.asdict(Settings())).lock()
+  settings = training.default_settings(task)
+  config = ml_collections.ConfigDict(dataclasses.asdict(settings)).lock()
   config.model.unlock()
   return config
 

@@ -4,7 +4,7 @@ from longjax.training.checkpoint import CheckpointError
 from longjax.training.metrics import NonFiniteError, read_metrics
 from longjax.training.preemption import Preempted
 from longjax.training.scoring import evaluate, load, sample
-from longjax.training.settings import Settings
+from longjax.training.settings import Settings, default_settings
 from longjax.training.stages import Stage
 from longjax.training.train import train_and_evaluate
 
@@ -14,6 +14,7 @@ __all__ = [
   'Preempted',
   'Settings',
   'Stage',
+  'default_settings',
   'evaluate',
   'load',
   'read_metrics',

@@ -42,3 +42,9 @@ class DataMesh:
     return jax.make_array_from_callback(
       rows.shape, self._by_row, lambda index: rows[index]
     )
+
+  def copy(self, array):
+    """An array that every process holds, whole on every device."""
+    return jax.make_array_from_callback(
+      array.shape, self.replicated, lambda index: array[index]
+    )

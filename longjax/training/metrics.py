@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 METRICS_FILE = 'metrics.jsonl'
 
@@ -101,18 +101,21 @@ class Meter:
   are dispatched and looked at one later, unless something needs them now.
 
   Attributes:
-    counters: the state, for checkpoints: characters and seconds of training so
-      far, and the sum and number of losses since the last line.
+    counters: the state, for checkpoints: tokens (by the name of `unit`) and
+      seconds of training so far, and the sum and number of losses since the
+      last line.
   """
 
-  def __init__(self, schedule, counters: Mapping | None = None):
+  def __init__(
+    self, schedule, counters: Mapping | None = None, unit: str = 'tokens'
+  ):
     self._schedule = schedule
+    self._unit = unit
     self.counters = dict(
-      counters
-      or {'characters': 0, 'seconds': 0.0, 'loss_sum': 0.0, 'losses': 0}
+      counters or {unit: 0, 'seconds': 0.0, 'loss_sum': 0.0, 'losses': 0}
     )
     self._in_flight = []
-    self._interval = (self.counters['characters'], self.counters['seconds'])
+    self._interval = (self.counters[unit], self.counters['seconds'])
     self._clock = None
     self._last = {}
 
@@ -120,11 +123,11 @@ class Meter:
     """Starts the clock, again after time that is not training's."""
     self._clock = time.perf_counter()
 
-  def dispatched(self, step: int, outputs: Mapping, characters: int) -> None:
+  def dispatched(self, step: int, outputs: Mapping, tokens: int) -> None:
     """Step number `step` (from 1) is on its way; looks at those before it."""
     self.settle()
     self._in_flight.append((step, outputs))
-    self.counters['characters'] += characters
+    self.counters[self._unit] += tokens
 
   def settle(self) -> None:
     """Waits for all steps on their way and books them.
@@ -152,18 +155,17 @@ class Meter:
   def summary(self) -> dict[str, float]:
     """The line of metrics since the last one; `settle` first."""
     counters = self.counters
-    characters = counters['characters'] - self._interval[0]
+    tokens = counters[self._unit] - self._interval[0]
     seconds = counters['seconds'] - self._interval[1]
     loss = counters['loss_sum'] / counters['losses']
     counters['loss_sum'], counters['losses'] = 0.0, 0
-    self._interval = (counters['characters'], counters['seconds'])
+    self._interval = (counters[self._unit], counters['seconds'])
     return {
       'train/loss': loss,
-      'train/bits_per_character': loss / math.log(2),
       'train/gradient_norm': self._last['gradient_norm'],
       'train/learning_rate': self._last['learning_rate'],
-      'train/tokens_per_second': characters / seconds,
-      'train/characters': counters['characters'],
+      'train/tokens_per_second': tokens / seconds,
+      f'train/{self._unit}': counters[self._unit],
       'train/seconds': counters['seconds'],
       'train/memory_gib': memory_gib(),
     }
@@ -269,28 +271,43 @@ def memory_gib() -> float | None:
   return peak / (2**30 if sys.platform == 'darwin' else 2**20)
 
 
-def plot_loss(workdir, path, *, title='') -> bool:
-  """Draws training and validation bits/char over steps; False if it cannot."""
+def show(figures: Mapping, names: Iterable[str]) -> str:
+  """'bits per character 1.9512, accuracy 0.5000'."""
+  return ', '.join(
+    f'{name.replace("_", " ")} {figures[name]:.4f}' for name in names
+  )
+
+
+def plot_loss(workdir, path, names=('loss',), *, title='') -> bool:
+  """Draws figures of training, validation and test over steps, a panel each.
+
+  Args:
+    workdir: where the metrics are.
+    path: of the picture.
+    names: of the figures, as in the metrics behind 'train/'.
+    title: of the picture.
+
+  Returns:
+    False if it cannot.
+  """
   try:
     from matplotlib.figure import Figure
   except ImportError:
     return False
-  figure = Figure(figsize=(7, 4), layout='constrained')
-  axes = figure.subplots()
+  figure = Figure(figsize=(7, 1 + 3 * len(names)), layout='constrained')
   records = read_metrics(workdir)
-  for name, style in (('train', '-'), ('validation', 'o-'), ('test', 's')):
-    points = [
-      (r['step'], r[f'{name}/bits_per_character'])
-      for r in records
-      if f'{name}/bits_per_character' in r
-    ]
-    if points:
-      axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-  axes.set_xlabel('step')
-  axes.set_ylabel('bits per character')
-  axes.set_title(title)
-  axes.grid(alpha=0.3)
-  if records:
-    axes.legend()
+  panels = figure.subplots(len(names), squeeze=False)[:, 0]
+  for figure_name, axes in zip(names, panels, strict=True):
+    for part, style in (('train', '-'), ('validation', 'o-'), ('test', 's')):
+      name = f'{part}/{figure_name}'
+      points = [(r['step'], r[name]) for r in records if name in r]
+      if points:
+        axes.plot(*zip(*points, strict=True), style, label=part, markersize=4)
+    axes.set_xlabel('step')
+    axes.set_ylabel(figure_name.replace('_', ' '))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+      axes.legend()
+  figure.suptitle(title)
   figure.savefig(path, dpi=120)
   return True

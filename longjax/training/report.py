@@ -1,4 +1,4 @@
-"""What `config.report` adds to the end of a run: is it any good?
+"""What `config.report` adds to a language model: is it any good?
 
 Bits per character before and after on a fixed slice of the validation split,
 beside Markov models counted on the same training split; a sample; pictures.
@@ -6,11 +6,9 @@ beside Markov models counted on the same training split; a sample; pictures.
 
 import hashlib
 import pathlib
-from collections.abc import Callable
 
 from longjax.data import markov
-from longjax.training.scoring import continue_prompt
-from longjax.training.settings import Settings
+from longjax.training.forward import Apply
 from longjax.training.stages import Stage
 
 SLICE = 64 * 1024
@@ -20,22 +18,18 @@ PICTURE_LENGTH = 256
 
 
 def report(
-  settings: Settings,
   task,
   stage: Stage,
-  before: Callable,
-  after: Callable,
-  model,
+  before: Apply,
+  after: Apply,
   workdir: pathlib.Path,
 ) -> dict:
   """Prints the comparison, the sample and where the pictures are.
 
   Args:
-    settings: of the run.
-    task: what it was trained on.
+    task: the language modelling.
     stage: the last one, whose patterns are drawn.
-    before, after: tokens -> logits, of the initial and the trained parameters.
-    model: the trained model, for the sample.
+    before, after: the model at its first and at its last step.
     workdir: where the pictures go.
 
   Returns:
@@ -66,14 +60,14 @@ def report(
   print(f'  model before training    {rows["before"]:.3f}')
   print(f'  model after training     {rows["after"]:.3f}')
 
-  prompt, continuation = continue_prompt(settings, task, model)
+  prompt, continuation = task.sample(after.model)
   text = (prompt + continuation).decode(errors='replace')
-  print(f'\nA sample of {settings.sampling.num_tokens} characters:\n')
+  print(f'\nA sample of {task.settings.sampling.num_tokens} characters:\n')
   print('\n'.join(f'  | {line}' for line in text.splitlines()))
 
   pictures = [workdir / 'loss.png']
   try:
-    pictures.append(_draw_patterns(settings, stage, workdir))
+    pictures.append(_draw_patterns(task.settings, stage, workdir))
   except ImportError:
     print('\nmatplotlib is not installed: no pictures')
   else:

@@ -4,18 +4,20 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
 from longjax.training.checkpoint import CheckpointError, Checkpoints
 from longjax.training.devices import DataMesh
-from longjax.training.metrics import say, track
+from longjax.training.forward import Apply
+from longjax.training.metrics import say, show
 from longjax.training.settings import Settings, make_settings
 from longjax.training.stages import make_stages
 from longjax.training.state import split
-from longjax.training.tasks import LanguageModelling
+from longjax.training.tasks import make_task
+from longjax.training.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Trained:
   Attributes:
     model: the module, with the patterns of the last stage; its parameters are
       their moving average where the run kept one.
-    task: what it was trained on; `task.corpus` is the text.
+    task: what it was trained for; `task.corpus` is a language model's text.
     settings: of the run.
     step: optimizer steps it was trained for.
   """
 
   model: nnx.Module
-  task: LanguageModelling
+  task: Task
   settings: Settings
   step: int
 
@@ -50,7 +52,7 @@ def load(
     workdir: its folder.
     checkpoint: another folder to take it from: a work folder, a folder of
       checkpoints, or one of those by its step ('.../checkpoints/1000').
-    patterns: of `DecoderLM`, instead of the last stage's.
+    patterns: of the model, instead of the last stage's.
 
   Raises:
     CheckpointError: when there is none, or it is of another architecture.
@@ -59,7 +61,7 @@ def load(
   stage = make_stages(settings.stages)[-1]
   folder, step = _find(pathlib.Path(checkpoint or workdir))
   mesh = DataMesh()
-  task = LanguageModelling(settings)
+  task = make_task(settings)
 
   def make_model(rngs):
     return task.make_model(stage, rngs, patterns)
@@ -93,20 +95,15 @@ def evaluate(
   workdir: str | os.PathLike,
   checkpoint: str | os.PathLike = '',
 ) -> dict:
-  """Scores a checkpoint on the test split; see `load` and `score_test`."""
+  """Scores a checkpoint on the test split; see `load` and `Task.test`."""
   trained = load(config, workdir, checkpoint)
   mesh = DataMesh()
   mesh.check_divides(
     'evaluation batch_size', trained.settings.evaluation.batch_size
   )
-  merge, params = split(trained.model)
-  forward = make_forward(merge, mesh)
-  result = score_test(
-    trained.settings,
-    trained.task,
-    lambda tokens: forward(params, tokens),
-    say=say,
-  )
+  apply = Apply(*split(trained.model), mesh)
+  result = trained.task.test(apply, pathlib.Path(workdir))
+  say(f'test {show(result, trained.task.scores)}')
   return {'step': trained.step, **result}
 
 
@@ -117,70 +114,4 @@ def sample(
 ) -> tuple[bytes, bytes]:
   """The prompt of `config.sampling` and how a checkpoint continues it."""
   trained = load(config, workdir, checkpoint)
-  return continue_prompt(trained.settings, trained.task, trained.model)
-
-
-def continue_prompt(settings: Settings, task, model) -> tuple[bytes, bytes]:
-  """(prompt, continuation), as `settings.sampling` asks."""
-  from longjax import generation
-
-  wanted = settings.sampling
-  prompt = task.corpus.encode(wanted.prompt)
-  if not len(prompt):
-    raise ValueError(
-      'config.sampling.prompt is empty: give a character or more'
-    )
-  tokens = generation.sample(
-    model,
-    prompt,
-    wanted.num_tokens,
-    temperature=wanted.temperature,
-    top_k=wanted.top_k or None,
-    top_p=wanted.top_p if wanted.top_p < 1 else None,
-    seed=wanted.seed,
-  )
-  return wanted.prompt.encode(), task.corpus.decode(tokens)
-
-
-def make_forward(merge: Callable, mesh: DataMesh) -> Callable:
-  """(parameters, int32 tokens [batch, length]) -> logits, over the devices."""
-  forward = jax.jit(
-    lambda params, tokens: merge(params)(tokens),
-    out_shardings=mesh.replicated,
-  )
-  return lambda params, tokens: forward(params, mesh.shard_same(tokens))
-
-
-def score_test(
-  settings: Settings, task, logits_fn: Callable, *, say: Callable
-) -> dict:
-  """The test split's score, with what is needed to compare it.
-
-  Args:
-    settings: of the run.
-    task: what to score.
-    logits_fn: see `longjax.evaluation.bits_per_character`.
-    say: takes the result as a line.
-
-  Returns:
-    A dictionary that JSON can hold: the score, the protocol (length, stride,
-    characters, windows), the text, and whether it is the whole split.
-  """
-  limit = settings.evaluation.test_characters
-  tokens = task.corpus.test[: limit or None]
-  score = task.score(
-    logits_fn,
-    tokens,
-    progress=lambda batches: track(
-      batches, 'test', enabled=jax.process_index() == 0
-    ),
-  )
-  say(f'test {score}')
-  return {
-    **dataclasses.asdict(score),
-    'split': 'test',
-    'whole_split': len(tokens) == len(task.corpus.test),
-    'data': task.corpus.name,
-    'description': task.corpus.description,
-    'split_sha256': task.corpus.sha256['test'],
-  }
+  return trained.task.sample(trained.model)

@@ -1,8 +1,9 @@
-"""Every setting of a run, with its default and its meaning.
+"""The settings that every run has, whatever its task.
 
-`train_and_evaluate` takes these as a nested mapping: an ml_collections
-`ConfigDict` (what `configs/` makes), or a plain dictionary. A key that is not
-here is refused with the nearest one that is.
+`train_and_evaluate` takes settings as a nested mapping: an ml_collections
+`ConfigDict` (what `configs/` makes), or a plain dictionary. `task` names the
+task, which adds its own (see `longjax.training.tasks`). A key that is not there
+is refused with the nearest one that is.
 """
 
 import dataclasses
@@ -10,26 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """What to read; see `longjax.data.load`.
-
-  Attributes:
-    name: 'enwik8', 'text8', 'python_source', 'text' or 'pg19'.
-    path: a local file or folder; '' for the data set's own place.
-    vocab: 'bytes', 'compact' or what else the data set offers; '' for its own.
-    data_dir: where prepared data sets are kept; '' for the default.
-    loader: 'grain', or 'numpy' where grain is not installed.
-    min_document_bytes: leave shorter files out, of python_source or a folder.
-  """
-
-  name: str = 'python_source'
-  path: str = ''
-  vocab: str = ''
-  data_dir: str = ''
-  loader: str = 'grain'
-  min_document_bytes: int = 0
+from longjax.training import tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,34 +28,15 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Bits per character by overlapping windows.
+  """What the loop wants to know of evaluation; tasks add to it.
 
   Attributes:
-    length, stride: of the windows, in characters.
-    batch_size: windows at a time; does not change the result.
+    batch_size: rows at a time; does not change the result.
     every: steps between validations; 0 for none.
-    validation_characters, test_characters: score only so many first characters
-      of the split; 0 for all.
   """
 
-  length: int = 1024
-  stride: int = 512
   batch_size: int = 8
   every: int = 0
-  validation_characters: int = 0
-  test_characters: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How --mode=sample continues a prompt; top_k 0 and top_p 1 keep all."""
-
-  prompt: str = '\n'
-  num_tokens: int = 300
-  temperature: float = 0.8
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +44,11 @@ class Settings:
   """A run.
 
   Attributes:
+    task: one of `longjax.training.tasks.TASKS`.
     seed: of the initial parameters, the order of the data, dropout.
-    data, optimizer, evaluation, sampling: see the classes above.
-    model: keyword arguments of `longjax.DecoderLM` besides vocab_size, patterns
-      and rngs; dtypes by name ('bfloat16').
-    pattern: the kind of attention pattern of all layers: 'sliding_window',
-      'dilated', 'fixed_sparse', 'lambda' or 'full'; its sizes are the stages'.
+    model: keyword arguments of the task's model; dtypes by name ('bfloat16').
     stages: see `longjax.training.stages.Stage`; a mapping for each.
+    optimizer, evaluation: see the classes above.
     micro_batches: parts into which a batch is cut, one after the other, to
       save memory (gradient accumulation).
     ema_decay: of the moving average of the parameters, which is then what is
@@ -96,20 +57,17 @@ class Settings:
     checkpoint_every: steps between checkpoints.
     keep_checkpoints: how many are kept.
     tensorboard: whether to write TensorBoard's event files too.
-    report: whether to end with a comparison with Markov models, a sample and
-      pictures.
+    report: whether to end with the task's comparisons, samples and pictures.
   """
 
+  task: str = tasks.DEFAULT
   seed: int = 0
-  data: Data = dataclasses.field(default_factory=Data)
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  pattern: str = 'sliding_window'
   stages: tuple[Mapping[str, Any], ...] = ()
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   micro_batches: int = 1
   ema_decay: float = 0.0
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
-  sampling: Sampling = dataclasses.field(default_factory=Sampling)
   log_every: int = 50
   checkpoint_every: int = 1000
   keep_checkpoints: int = 2
@@ -136,12 +94,22 @@ class Settings:
 def make_settings(config: Mapping) -> Settings:
   """Checks a nested mapping of settings.
 
+  Returns:
+    The `Settings` of the task that `config['task']` names.
+
   Raises:
-    ValueError: for a key that there is not, naming the nearest one.
+    ValueError: for a task or a key that there is not, naming the nearest one.
   """
+  if isinstance(config, Settings):
+    return config
   if hasattr(config, 'to_dict'):
     config = config.to_dict()
-  return _make(Settings, config, 'config')
+  return _make(default_settings(config.get('task', tasks.DEFAULT)), config)
+
+
+def default_settings(task: str = tasks.DEFAULT) -> Settings:
+  """The settings of a task, all of them at their defaults."""
+  return tasks.find(task).Settings()
 
 
 def nearest(key: str, known) -> str:
@@ -150,18 +118,16 @@ def nearest(key: str, known) -> str:
   return f'did you mean {close[0]!r}?'
 
 
-def _make(cls, values, where):
-  if isinstance(values, cls):
+def _make(default, values, where='config'):
+  if isinstance(values, type(default)):
     return values
-  fields = {field.name: field for field in dataclasses.fields(cls)}
   made = {}
+  known = [field.name for field in dataclasses.fields(default)]
   for key, value in values.items():
-    if key not in fields:
-      raise ValueError(
-        f'unknown key {key!r} in {where}: {nearest(key, fields)}'
-      )
-    kind = fields[key].type
-    if dataclasses.is_dataclass(kind):
-      value = _make(kind, value, f'{where}.{key}')
+    if key not in known:
+      raise ValueError(f'unknown key {key!r} in {where}: {nearest(key, known)}')
+    old = getattr(default, key)
+    if dataclasses.is_dataclass(old):
+      value = _make(old, value, f'{where}.{key}')
     made[key] = value
-  return cls(**made)
+  return dataclasses.replace(default, **made)

@@ -59,13 +59,14 @@ def make_train_step(
   """The update, a pure function to be jitted.
 
   Args:
-    loss_fn: (model, batch, dropout key) -> mean loss.
+    loss_fn: (model, batch, dropout key) -> (mean loss, its weight); a weight of
+      None is the same for all parts.
     merge: parameters -> model, see `split`.
     optimizer: of the flat parameters.
     seed: of dropout; the key of a step is made from it and the step's number,
       so there is no random state to keep.
-    micro_batches: parts of the batch, one after the other; their gradients are
-      averaged.
+    micro_batches: parts of the batch, one after the other; the weighted mean of
+      their gradients is taken.
     ema_decay: of state['ema'], when above 0.
 
   Returns:
@@ -74,13 +75,16 @@ def make_train_step(
   """
 
   def gradient(params, batch, key):
-    return jax.value_and_grad(lambda p: loss_fn(merge(p), batch, key))(params)
+    """((loss, weight), gradients)"""
+    return jax.value_and_grad(
+      lambda p: loss_fn(merge(p), batch, key), has_aux=True
+    )(params)
 
   def train_step(state, batch, step):
     key = jax.random.fold_in(jax.random.key(seed), step)
     params = state['params']
     if micro_batches == 1:
-      loss, gradients = gradient(params, batch, key)
+      (loss, _), gradients = gradient(params, batch, key)
     else:
       # Row r goes to part r % micro_batches, so that each device keeps its own.
       parts = jax.tree.map(
@@ -92,14 +96,29 @@ def make_train_step(
 
       def accumulate(total, part_and_number):
         part, number = part_and_number
-        new = gradient(params, part, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, new), None
+        (loss, weight), gradients = gradient(
+          params, part, jax.random.fold_in(key, number)
+        )
+        new = loss, gradients
+        if weight is not None:
+          new = jax.tree.map(lambda x: jnp.float32(weight) * x, new)
+        return jax.tree.map(jnp.add, total, new), weight
 
-      zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-      total, _ = jax.lax.scan(
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), params)
+      )
+      total, weights = jax.lax.scan(
         accumulate, zeros, (parts, jnp.arange(micro_batches))
       )
-      loss, gradients = jax.tree.map(lambda x: x / micro_batches, total)
+      whole = micro_batches
+      if weights is not None:
+        whole = weights.sum().astype(jnp.float32)
+        whole = jnp.where(whole > 0, whole, 1)
+      loss, gradients = jax.tree.map(
+        lambda x, old: (x / whole).astype(old.dtype),
+        total,
+        (jnp.float32(0), params),
+      )
     updates, opt_state = optimizer.update(gradients, state['opt_state'], params)
     params = optax.apply_updates(params, updates)
     new = {'params': params, 'opt_state': opt_state}

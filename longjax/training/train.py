@@ -15,16 +15,16 @@ from longjax.training import metrics as metrics_lib
 from longjax.training import stages as stages_lib
 from longjax.training.checkpoint import CheckpointError, Checkpoints
 from longjax.training.devices import DataMesh
+from longjax.training.forward import Apply
 from longjax.training.optimizer import make_optimizer
 from longjax.training.preemption import Preempted, StopRequests
-from longjax.training.scoring import make_forward, score_test
 from longjax.training.settings import Settings, make_settings
 from longjax.training.state import make_train_step, merge_for, split
-from longjax.training.tasks import LanguageModelling
+from longjax.training.tasks import make_task
 
 
 def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
-  """Trains, or goes on training, and scores the test split.
+  """Trains for a task, or goes on training, and scores the test split.
 
   Where the work folder holds checkpoints the run goes on from the newest that
   can be read, and ends with the parameters, bit for bit, of a run that was
@@ -32,8 +32,8 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
   `checkpoints/`, `tensorboard/`, `loss.png` and `result.json`.
 
   Args:
-    config: see `longjax.training.settings.Settings`; a ConfigDict or a nested
-      dictionary.
+    config: see `longjax.training.settings.Settings` and the task's own; a
+      ConfigDict or a nested dictionary.
     workdir: folder of the run.
 
   Returns:
@@ -64,7 +64,7 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
   checkpoints = Checkpoints(
     workdir / 'checkpoints', keep=settings.keep_checkpoints
   )
-  task = LanguageModelling(settings)
+  task = make_task(settings)
   # The module of every stage is made here, though only one is needed now: a
   # mistake in the last stage should not wait for days.
   merges = [
@@ -95,7 +95,7 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
   # └─────────────────────────────────────────────────────────────────────────┘
   progress = metrics_lib.Progress(starts[-1], done=step, enabled=is_first)
   say = progress.say
-  say(f'data: {task.corpus.name}, {task.corpus.description}')
+  say(f'data: {task.description}')
   say(
     f'{num_parameters:,} parameters, {starts[-1]} steps in {len(stages)} '
     f'stage(s), {mesh.num_devices} device(s): {jax.devices()[0].device_kind}'
@@ -109,7 +109,7 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
     enabled=is_first,
     say=say,
   )
-  meter = metrics_lib.Meter(schedule, counters)
+  meter = metrics_lib.Meter(schedule, counters, task.unit)
 
   def save():
     checkpoints.save(
@@ -148,22 +148,30 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
         ),
         donate_argnums=0,
       )
-      forward = make_forward(merges[number], mesh)
+      functions = {}
       batches = task.make_batches(stage, number)
       if data_state is not None:
         batches.set_state(data_state)
         data_state = None
 
       try:
-        compiled = None
+        compiled = {}
         while step < starts[number + 1]:
-          batch = mesh.shard(next(batches))
-          if not compiled:
-            compiled = train_step.lower(state, batch, np.int32(step)).compile()
+          rows = next(batches)
+          batch = mesh.shard(rows)
+          shapes = _shapes(rows)
+          if shapes not in compiled:
+            if compiled:
+              meter.settle()
+            compiled[shapes] = train_step.lower(
+              state, batch, np.int32(step)
+            ).compile()
             meter.start()
-          state, outputs = compiled(state, batch, np.int32(step))
+          state, outputs = compiled[shapes](state, batch, np.int32(step))
           step += 1
-          meter.dispatched(step, outputs, stage.batch_size * stage.length)
+          meter.dispatched(
+            step, outputs, task.tokens(rows) * jax.process_count()
+          )
 
           ends = step == starts[number + 1]
           news = None
@@ -174,22 +182,31 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
               'train/stage': number,
               'train/epoch': batches.epoch,
             }
+            further = task.metrics(line['train/loss'])
+            line |= {f'train/{name}': x for name, x in further.items()}
             metrics.write(step, line)
-            news = _news(line)
+            news = _news(task, line)
           progress.update(news)
           stop.check()
 
           if _is_due(step, settings.evaluation.every):
             meter.settle()
-            score = task.score(
-              _watched(forward, averaged(state), stop),
-              task.corpus.validation[
-                : settings.evaluation.validation_characters or None
-              ],
+            scores = task.validate(
+              Apply(
+                merges[number],
+                averaged(state),
+                mesh,
+                check=stop.check,
+                compiled=functions,
+              )
             )
-            say(f'step {step}: validation {score}')
+            say(
+              f'step {step}: validation '
+              + metrics_lib.show(scores, task.scores)
+            )
             metrics.write(
-              step, {'validation/bits_per_character': score.bits_per_character}
+              step,
+              {f'validation/{name}': scores[name] for name in task.scores},
             )
             meter.start()
           if ends or step % settings.checkpoint_every == 0:
@@ -215,35 +232,25 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
     # │ Final evaluation                                                      │
     # └───────────────────────────────────────────────────────────────────────┘
     progress.close()
-    forward = make_forward(merges[-1], mesh)
+    after = Apply(merges[-1], averaged(state), mesh, check=stop.check)
     result = {
       'step': step,
       'parameters': num_parameters,
-      **score_test(
-        settings, task, _watched(forward, averaged(state), stop), say=say
-      ),
+      **task.test(after, workdir),
     }
-    metrics.write(
-      step, {'test/bits_per_character': result['bits_per_character']}
-    )
+    say(f'test {metrics_lib.show(result, task.scores)}')
+    metrics.write(step, {f'test/{name}': result[name] for name in task.scores})
     if is_first:
       (workdir / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
-      title = f'{task.corpus.name}, {num_parameters:,} parameters'
-      if not metrics_lib.plot_loss(workdir, workdir / 'loss.png', title=title):
+      title = f'{task.title}, {num_parameters:,} parameters'
+      if not metrics_lib.plot_loss(
+        workdir, workdir / 'loss.png', task.curves, title=title
+      ):
         say('matplotlib is not installed: no loss.png')
     if is_first and settings.report:
-      from longjax.training.report import report
-
-      before = _initial_state(settings, task, stages[0], optimizer, mesh)
-      report(
-        settings,
-        task,
-        stages[-1],
-        lambda tokens: forward(before['params'], tokens),
-        lambda tokens: forward(averaged(state), tokens),
-        merges[-1](averaged(state)),
-        workdir,
-      )
+      first = _initial_state(settings, task, stages[0], optimizer, mesh)
+      before = Apply(merges[-1], first['params'], mesh, check=stop.check)
+      task.report(stages[-1], before, after, workdir)
     return result
 
 
@@ -263,7 +270,12 @@ def _initial_state(settings: Settings, task, stage, optimizer, mesh) -> dict:
       state['ema'] = jax.tree.map(lambda x: x.copy(), params)
     return state
 
-  return jax.jit(make, out_shardings=mesh.replicated)()
+  state = jax.jit(make, out_shardings=mesh.replicated)()
+  for name, array in task.pretrained().items():
+    for part in {'params', 'ema'} & state.keys():
+      old = state[part][name]
+      state[part][name] = mesh.copy(np.asarray(array, old.dtype))
+  return state
 
 
 def _data_state(run: Mapping, step: int, stages) -> dict | None:
@@ -285,14 +297,9 @@ def _data_state(run: Mapping, step: int, stages) -> dict | None:
   )
 
 
-def _watched(forward, params, stop):
-  """`forward` with these parameters, leaving when a stop is asked for."""
-
-  def logits_fn(tokens):
-    stop.check()
-    return forward(params, tokens)
-
-  return logits_fn
+def _shapes(rows) -> tuple:
+  """The shapes of a batch, for which a step is compiled."""
+  return tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(rows))
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -314,11 +321,11 @@ def _describe(number: int, stage, num_stages: int) -> str:
   return text
 
 
-def _news(line: Mapping) -> str:
+def _news(task, line: Mapping) -> str:
   memory = line['train/memory_gib']
   return (
-    f'{line["train/bits_per_character"]:.3f} bits/char  '
-    f'{line["train/tokens_per_second"]:,.0f} chars/s  '
+    f'{task.news(line)}  '
+    f'{line["train/tokens_per_second"]:,.0f} {task.unit}/s  '
     f'lr {line["train/learning_rate"]:.2e}  '
     f'grad {line["train/gradient_norm"]:.2f}'
     + (f'  {memory:.1f} GiB' if memory else '')

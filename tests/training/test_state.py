@@ -25,7 +25,7 @@ class Regression(nnx.Module):
 
 def loss_fn(model, batch, key):
   noise = jax.random.normal(key, ())
-  return jnp.mean((model(batch['x']) - batch['y']) ** 2) + 0 * noise
+  return jnp.mean((model(batch['x']) - batch['y']) ** 2) + 0 * noise, None
 
 
 @pytest.fixture
@@ -84,6 +84,32 @@ def test_a_step_is_gradient_descent(parts):
 def test_micro_batches_change_nothing_but_memory(parts, micro_batches):
   whole, outputs = run(*parts)
   cut, cut_outputs = run(*parts, micro_batches=micro_batches)
+  for name, value in whole['params'].items():
+    np.testing.assert_allclose(cut['params'][name], value, atol=1e-6)
+  for name, value in outputs.items():
+    np.testing.assert_allclose(cut_outputs[name], value, rtol=1e-5)
+
+
+def test_parts_weigh_what_they_hold(parts):
+  """A mean over the rows that count; parts have one of them, or none."""
+  merge, params, batch = parts
+  batch = batch | {'counts': jnp.array([1, 0, 0, 1, 1, 0, 0, 0])}
+
+  def masked(model, batch, key):
+    errors = ((model(batch['x']) - batch['y']) ** 2).mean(axis=1)
+    weight = batch['counts'].sum()
+    return (errors * batch['counts']).sum() / jnp.maximum(weight, 1), weight
+
+  def step(micro_batches):
+    optimizer = optax.sgd(0.1)
+    state = {'params': params, 'opt_state': optimizer.init(params)}
+    train_step = make_train_step(
+      masked, merge, optimizer, seed=0, micro_batches=micro_batches
+    )
+    return jax.jit(train_step)(state, batch, np.int32(0))
+
+  whole, outputs = step(1)
+  cut, cut_outputs = step(4)
   for name, value in whole['params'].items():
     np.testing.assert_allclose(cut['params'][name], value, atol=1e-6)
   for name, value in outputs.items():
