@@ -61,7 +61,7 @@ def load(
   stage = make_stages(settings.stages)[-1]
   folder, step = _find(pathlib.Path(checkpoint or workdir))
   mesh = DataMesh()
-  task = make_task(settings)
+  task = make_task(settings, folder.parent)
 
   def make_model(rngs):
     return task.make_model(stage, rngs, patterns)

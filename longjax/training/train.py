@@ -64,7 +64,7 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
   checkpoints = Checkpoints(
     workdir / 'checkpoints', keep=settings.keep_checkpoints
   )
-  task = make_task(settings)
+  task = make_task(settings, workdir)
   # The module of every stage is made here, though only one is needed now: a
   # mistake in the last stage should not wait for days.
   merges = [

@@ -24,6 +24,11 @@ def find(name: str) -> type:
   )
 
 
-def make_task(settings):
-  """The task of a run's settings; reads its data."""
-  return find(settings.task)(settings)
+def make_task(settings, workdir=None):
+  """The task of a run's settings; reads its data.
+
+  Args:
+    settings: of the run.
+    workdir: its folder, for a task that keeps prepared data there.
+  """
+  return find(settings.task)(settings, workdir)

@@ -37,8 +37,14 @@ class Task:
   title: str
   description: str
 
-  def __init__(self, settings: Settings):
+  def __init__(self, settings: Settings, workdir: pathlib.Path | None = None):
+    """Args:
+
+    settings: of the run.
+    workdir: its folder, where prepared data may be kept for when it goes on.
+    """
     self.settings = settings
+    self.workdir = workdir
 
   def make_model(
     self, stage: Stage, rngs: nnx.Rngs, patterns=None

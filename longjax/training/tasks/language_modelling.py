@@ -129,8 +129,8 @@ class LanguageModelling(Task):
   curves = ('bits_per_character',)
   unit = 'characters'
 
-  def __init__(self, settings: Settings):
-    super().__init__(settings)
+  def __init__(self, settings: Settings, workdir=None):
+    super().__init__(settings, workdir)
     self.corpus = settings.data.load()
     self.title = self.corpus.name
     self.description = f'{self.corpus.name}, {self.corpus.description}'
