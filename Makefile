@@ -13,13 +13,14 @@ INSTALL := sh tools/venv.sh '3.12 3.13' .venv --constraint constraints.txt --edi
 # An environment is made again when one of these changes.
 MADE_FROM := setup.py pyproject.toml constraints.txt tools/venv.sh
 
-.PHONY: help setup demo test test-full gpu goldens format clean
+.PHONY: help setup demo test test-full notebooks gpu goldens format clean
 
 help:
 	@echo 'make demo       train a small long-context model here, and look at it'
 	@echo 'make setup      the environment for working on longjax, in .venv'
 	@echo 'make test       formatting, lint, all tests'
 	@echo 'make test-full  the same with the whole option grid'
+	@echo 'make notebooks  run the notebooks, and write them with what they show'
 	@echo 'make gpu        on a Hopper GPU: kernels checked, then timed'
 	@echo 'make goldens    write tests/goldens again with PyTorch'
 	@echo 'make format     format the code and mend what lint can'
@@ -44,6 +45,10 @@ test-full: lint
 lint: .venv/.made-test
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+
+# One of them: .venv/bin/python tools/notebooks.py 01_patterns
+notebooks: setup
+	$(PYTHON) tools/notebooks.py
 
 # Needs no environment of ours: any python3 with jax[cuda13] will do.
 gpu:

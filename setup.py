@@ -31,6 +31,10 @@ INTEROP = [
 
 EVALUATION = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 
+# What tools/notebooks.py runs notebooks with, and tests too; to look at them
+# take any Jupyter.
+NOTEBOOKS = ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10', 'nbformat']
+
 setup(
   name='longjax',
   version=VERSION,
@@ -67,10 +71,11 @@ setup(
     'tfds': [*DATA, 'tensorflow-cpu>=2.20'],
     # Pretrained models' weights and tokenizers, and what is measured of them.
     'interop': [*INTEROP, *EVALUATION],
-    'notebooks': ['ipykernel', 'nbconvert'],
+    'notebooks': NOTEBOOKS,
     'test': [
       *INTEROP,
       *EVALUATION,
+      *NOTEBOOKS,
       'beartype',
       'build',
       'flatbuffers',
