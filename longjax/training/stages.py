@@ -46,6 +46,10 @@ class Stage:
     start: for 'lambda', how many first keys every query sees.
     segment_lengths, ratios: for 'dilated' (LongNet), the same in every layer.
     block, summary: for 'fixed_sparse' (Sparse Transformer), likewise.
+    objective: what is learned, of tasks that can learn several things; None for
+      the task itself.
+    target_length: of encoder-decoders, tokens of a target; None for the
+      config's.
   """
 
   length: int
@@ -61,6 +65,8 @@ class Stage:
   ratios: tuple[int, ...] | None = None
   block: int | None = None
   summary: int | None = None
+  objective: str | None = None
+  target_length: int | None = None
 
   def __post_init__(self):
     for name in ('length', 'batch_size', 'steps'):
