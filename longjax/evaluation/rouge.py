@@ -16,6 +16,9 @@ from longjax.data import optional
 
 KINDS = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 
+# Of the bootstrap.
+RESAMPLES = 1000
+
 # A sentence ends at a line's end, or at . ! ? (and what closes quotes) before
 # white space and a capital, a digit or an opening quote or bracket.
 _ENDS = re.compile(r'\n+|(?<=[.!?])["\'”’)\]]*\s+(?=["\'“‘(\[]?[A-Z0-9])')
@@ -71,7 +74,7 @@ def _by_line(text):
 
 
 def interval(
-  values, *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+  values, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = 0.95
 ) -> Interval:
   """The mean over texts, with the percentile bootstrap's interval.
 

@@ -19,9 +19,6 @@ SENTENCES = 3
 OWN, ANOTHER = 'model', "model, another paper's text"
 LEAD, RANDOM = f'lead-{SENTENCES}', f'random-{SENTENCES}'
 
-# Resamples of an interval.
-_RESAMPLES = 1000
-
 
 @dataclasses.dataclass(frozen=True)
 class Written:
@@ -55,6 +52,24 @@ class Outputs:
   another: Written | None = None
 
 
+def score(sets: Mapping[str, Outputs], *, seed: int = 0) -> dict:
+  """Scores sets of papers.
+
+  Args:
+    sets: by name.
+    seed: of intervals and random sentences.
+
+  Returns:
+    {set: {'papers', 'systems', 'differences'}}; a system is {'system',
+    'input_tokens', 'loss', 'rouge1': {'mean', 'low', 'high'}, ...}, a
+    difference the mean over papers of the model's score less another system's.
+  """
+  return {
+    name: _summarize(outputs, _systems(outputs, seed), seed)
+    for name, outputs in sets.items()
+  }
+
+
 def report(
   sets: Mapping[str, Outputs],
   folder: pathlib.Path,
@@ -62,60 +77,49 @@ def report(
   seed: int = 0,
   about: Mapping | None = None,
 ) -> dict:
-  """Scores sets of papers and writes the files above into a folder.
+  """`score`, and the files above in a folder.
 
   Args:
-    sets: by name; the picture is of the first.
+    sets, seed: as of `score`; the picture is of the first set.
     folder: of the files.
-    seed: of intervals and random sentences.
     about: what else summaries.json should say, such as how was decoded.
 
   Returns:
-    {set: {'papers', 'systems', 'differences'}}; a system is {'system',
-    'input_tokens', 'loss', 'rouge1': {'mean', 'low', 'high'}, ...}, a
-    difference the mean over papers of the model's score less another system's.
-    summaries.json has the same, and each paper's scores.
+    What `score` does. summaries.json has each paper's scores as well.
   """
-  found = {}
-  lines, systems = [], {}
+  results, details, lines = {}, {}, []
   for name, outputs in sets.items():
-    systems[name] = _systems(outputs, seed)
-    found[name] = _summarize(outputs, systems[name], seed)
-    lines += _lines(name, outputs, systems[name])
+    systems = _systems(outputs, seed)
+    results[name] = result = _summarize(outputs, systems, seed)
+    lines += _lines(name, outputs, systems)
+    scores = [
+      {kind: values.tolist() for kind, values in of_papers.items()}
+      for of_papers in systems.values()
+    ]
+    details[name] = result | {
+      'ids': [paper['id'] for paper in outputs.papers],
+      'systems': [
+        row | {'scores': of_papers}
+        for row, of_papers in zip(result['systems'], scores, strict=True)
+      ],
+    }
   (folder / 'predictions.jsonl').write_text(
     ''.join(json.dumps(line) + '\n' for line in lines)
   )
-  with_scores = {
-    name: result
-    | {
-      'systems': [
-        row | {'ids': [p['id'] for p in sets[name].papers], 'scores': scores}
-        for row, scores in zip(
-          result['systems'],
-          (
-            {kind: values.tolist() for kind, values in s.items()}
-            for s in systems[name].values()
-          ),
-          strict=True,
-        )
-      ]
-    }
-    for name, result in found.items()
-  }
-  everything = {
+  record = {
     **(about or {}),
     'intervals': {
       'confidence': 0.95,
       'method': 'percentile bootstrap over papers',
-      'resamples': _RESAMPLES,
+      'resamples': rouge.RESAMPLES,
       'seed': seed,
     },
-    'sets': with_scores,
+    'sets': details,
   }
-  (folder / 'summaries.json').write_text(json.dumps(everything, indent=1))
+  (folder / 'summaries.json').write_text(json.dumps(record, indent=1) + '\n')
   name = next(iter(sets))
-  _draw(name, found[name], folder / 'rouge_by_length.png')
-  return found
+  _draw(name, results[name], folder / 'rouge_by_length.png')
+  return results
 
 
 def _systems(outputs: Outputs, seed: int) -> dict:

@@ -80,6 +80,7 @@ def test_the_files(outputs, tmp_path):
   assert other['id'] != 'p0'
   assert other['prediction'] == PAPERS[int(other['id'][1])]['summary']
   assert 'another' not in lines[-1]
+  assert summaries.score({'test': outputs, 'alone': alone}) == found
   record = json.loads((tmp_path / 'summaries.json').read_text())
   assert record['intervals']['resamples'] == 1000
   for name, result in record['sets'].items():
@@ -88,7 +89,7 @@ def test_the_files(outputs, tmp_path):
     ):
       mean = np.mean(row['scores']['rougeL'])
       assert mean == pytest.approx(row['rougeL']['mean'])
-      assert len(row['ids']) == result['papers']
+      assert len(result['ids']) == result['papers']
       assert {k: row[k] for k in short} == short
   assert (tmp_path / 'rouge_by_length.png').stat().st_size > 10_000
   text = summaries.table(found)

@@ -33,6 +33,11 @@ def test_json(tmp_path):
   assert tokens[0] == 256 and len(tokens) == len(TEXT) + 1
   # BOS is no text.
   assert ours.decode(tokens) == TEXT
+  assert ours.encode_plain([TEXT, '']) == [tokens[1:], []]
+  theirs.add_special_tokens(['<pad>'])
+  theirs.save(str(tmp_path / 'other.json'))
+  others = load_tokenizer(tmp_path / 'other.json')
+  assert ours.digest() == load_tokenizer(tmp_path).digest() != others.digest()
   for wrong in (-1, 257):
     with pytest.raises(ValueError, match=rf'token {wrong} is outside .* 256'):
       ours.decode([0, wrong])
