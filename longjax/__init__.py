@@ -13,6 +13,7 @@ __version__ = '0.1.0'
 
 _PUBLIC = {
   'attention': 'longjax.ops.attention',
+  'attention_weights': 'longjax.ops.weights',
   'MiddleKeys': 'longjax.ops.middle',
   'Pattern': 'longjax.patterns',
   'SlidingWindow': 'longjax.patterns',

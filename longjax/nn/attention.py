@@ -9,6 +9,7 @@ from longjax.nn.dilated_cache import DilatedCache
 from longjax.nn.embedding import RelativeEmbedding, check_rate, distances
 from longjax.ops.attention import attention
 from longjax.ops.middle import MiddleKeys
+from longjax.ops.weights import attention_weights
 from longjax.patterns import Pattern
 from longjax.positions import ALiBi, Position, RoPE, TransformerXL, XPos
 
@@ -180,13 +181,8 @@ class Attention(nnx.Module):
     Returns:
       [batch, length, features], with a cache (that, new cache).
     """
-    batch, length, _ = x.shape
-    q = self.query(x).reshape(batch, length, self.num_heads, self.head_dim)
-    kv_shape = (batch, length, self.num_kv_heads, self.head_dim)
-    k, v = self.key(x).reshape(kv_shape), self.value(x).reshape(kv_shape)
-    if self.query_norm is not None:
-      q = self.query_norm(q).astype(self.dtype)
-      k = self.key_norm(k).astype(self.dtype)
+    q, k = self._queries_and_keys(x)
+    v = self.value(x).reshape(k.shape)
     if cache is None:
       out = attention(
         q,
@@ -212,6 +208,38 @@ class Attention(nnx.Module):
       implementation=self.implementation,
     )
     return self._output(out), new_cache
+
+  def weights(
+    self,
+    x,
+    *,
+    relative: RelativeEmbedding | None = None,
+    segment_ids=None,
+    positions=0,
+  ):
+    """How much each query attends to each key, to be looked at; see
+    `longjax.attention_weights`. Arguments as of a call.
+
+    Returns:
+      float32 [batch, heads, length, length].
+    """
+    return attention_weights(
+      *self._queries_and_keys(x),
+      self.pattern,
+      position=self._position(relative, None),
+      q_positions=positions,
+      kv_positions=positions,
+      segment_ids=segment_ids,
+    )
+
+  def _queries_and_keys(self, x):
+    """[batch, length, heads, head_dim] and [..., kv heads, head_dim]."""
+    shape = (*x.shape[:2], -1, self.head_dim)
+    q, k = self.query(x).reshape(shape), self.key(x).reshape(shape)
+    if self.query_norm is not None:
+      q = self.query_norm(q).astype(self.dtype)
+      k = self.key_norm(k).astype(self.dtype)
+    return q, k
 
   def _output(self, out):
     """[batch, length, heads, head_dim] -> [batch, length, features]."""

@@ -6,5 +6,6 @@ R = H / K, D head size, E value size, G globals; a small b is B or 1.
 
 from longjax.ops.attention import attention
 from longjax.ops.merge import merge
+from longjax.ops.weights import attention_weights
 
-__all__ = ['attention', 'merge']
+__all__ = ['attention', 'attention_weights', 'merge']
