@@ -11,19 +11,22 @@
 A setting is changed by its name, --config.evaluation.stride=256, also within a
 stage, --config.stages[0].steps=100. Run again with the same --workdir, training
 goes on from the newest checkpoint. Results go to stdout, progress to stderr.
+starts.jsonl keeps the command, commit, device and versions of each start, and
+--profile writes a trace of five steps, by JAX's profiler, into profile/.
 
 Exit code: 0 when done; 2 for a mistake on the command line or in the config; 1
 for anything else, in one line unless --debug; 143 after SIGTERM, 130 after
 Ctrl-C, with the state saved.
 """
 
+import contextlib
 import json
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import cli, measure
+from experiments import cli, measure, stamp
 from longjax import training
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,6 +40,9 @@ _CHECKPOINT = flags.DEFINE_string(
   'checkpoint', '', "Evaluate or sample this one, not the workdir's newest."
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'Text that a sample continues.')
+_PROFILE = flags.DEFINE_bool(
+  'profile', False, 'Write a profiler trace of a few steps of training.'
+)
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 # Errors whose text is written for the user of this program.
@@ -62,7 +68,11 @@ def main(argv):
   elif 'stages' not in config:
     raise ValueError('this config trains nothing: it is for --mode=measure')
   elif _MODE.value == 'train':
-    result = training.train_and_evaluate(config, workdir)
+    with contextlib.suppress(OSError):  # which training says better
+      stamp.write_start(workdir, stamp.command('experiments.main'))
+    result = training.train_and_evaluate(
+      config, workdir, profile=_PROFILE.value
+    )
   elif _MODE.value == 'evaluate':
     result = training.evaluate(config, workdir, _CHECKPOINT.value)
   else:

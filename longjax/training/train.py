@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -18,12 +18,19 @@ from longjax.training.devices import DataMesh
 from longjax.training.forward import Apply
 from longjax.training.optimizer import make_optimizer
 from longjax.training.preemption import Preempted, StopRequests
+from longjax.training.profile import Profile
 from longjax.training.settings import Settings, make_settings
 from longjax.training.state import make_train_step, merge_for, split
 from longjax.training.tasks import make_task
 
 
-def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
+def train_and_evaluate(
+  config: Mapping,
+  workdir: str | os.PathLike,
+  *,
+  on_validation: Callable[[int, Mapping], None] | None = None,
+  profile: bool = False,
+) -> dict:
   """Trains for a task, or goes on training, and scores the test split.
 
   Where the work folder holds checkpoints the run goes on from the newest that
@@ -35,6 +42,9 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
     config: see `longjax.training.settings.Settings` and the task's own; a
       ConfigDict or a nested dictionary.
     workdir: folder of the run.
+    on_validation: gets the step and the figures of every validation; what it
+      raises ends the run.
+    profile: whether to write a trace of a few steps into `profile/`.
 
   Returns:
     What `result.json` holds: the test score and how it was measured.
@@ -129,6 +139,8 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
     on_exit.callback(metrics.close)
     on_exit.callback(progress.close)
     stop = on_exit.enter_context(StopRequests())
+    trace = Profile(workdir / 'profile' if profile else None, meter, say)
+    on_exit.callback(trace.close)
 
     # ┌───────────────────────────────────────────────────────────────────────┐
     # │ Train                                                                 │
@@ -172,6 +184,7 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
           meter.dispatched(
             step, outputs, task.tokens(rows) * jax.process_count()
           )
+          trace.stepped()
 
           ends = step == starts[number + 1]
           news = None
@@ -208,6 +221,8 @@ def train_and_evaluate(config: Mapping, workdir: str | os.PathLike) -> dict:
               step,
               {f'validation/{name}': scores[name] for name in task.scores},
             )
+            if on_validation is not None:
+              on_validation(step, scores)
             meter.start()
           if ends or step % settings.checkpoint_every == 0:
             meter.settle()
