@@ -16,17 +16,21 @@ import argparse
 import json
 import os
 import pathlib
-import statistics
-import subprocess
 import sys
 import tempfile
 
 import numpy as np
 
 from experiments import stamp
+from experiments.benchmarks.turns import (
+  ROOT,
+  Worker,
+  find,
+  table,
+  take_turns,
+  timing,
+)
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-HERE = pathlib.Path(__file__).resolve().parent
 MODES = ('forward', 'forward+backward')
 HF, LONGJAX, FULL = 'Hugging Face', 'longjax', 'full attention'
 ALONE = {  # longjax without the projections: keys on each side
@@ -36,49 +40,6 @@ ALONE = {  # longjax without the projections: keys on each side
 NARROW, WIDE = ALONE
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4  # of the largest entry of its kind
-
-
-class Worker:
-  """A benchmark process; see worker.py. Use as a context manager."""
-
-  def __init__(self, script, python):
-    environment = os.environ | {
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': 'cpu',
-      'HF_HUB_OFFLINE': '1',
-    }
-    self._process = subprocess.Popen(
-      [python, str(HERE / script)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env=environment,
-    )
-    self.ready = self._answer()  # versions, memory after the imports
-
-  def __call__(self, do, name='case', **spec):
-    self._process.stdin.write(
-      json.dumps({'do': do, 'name': name} | spec) + '\n'
-    )
-    self._process.stdin.flush()
-    return self._answer()
-
-  def _answer(self):
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(
-        f'{" ".join(map(str, self._process.args))} ended with exit code '
-        f'{self._process.wait()}; its error is above'
-      )
-    return json.loads(line)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._process.stdin.close()
-    self._process.wait()
-    self._process.stdout.close()
 
 
 class Benchmark:
@@ -174,29 +135,6 @@ def measure_memory(benchmark, who, length, mode):
     }
 
 
-def take_turns(runs, repeats):
-  """Calls each function `repeats` times, in turns; returns their answers.
-
-  Who begins changes from turn to turn.
-  """
-  names = list(runs)
-  answers = {name: [] for name in names}
-  for turn in range(repeats):
-    first = turn % len(names)
-    for name in names[first:] + names[:first]:
-      answers[name].append(runs[name]())
-  return answers
-
-
-def timing(who, length, mode, answers):
-  """A record of the answers to some runs: seconds passed, and computed."""
-  record = {'who': who, 'length': length, 'mode': mode}
-  for key in ('seconds', 'cpu_seconds'):
-    record[key] = [answer[key] for answer in answers]
-    record[f'median_{key}'] = statistics.median(record[key])
-  return record
-
-
 def measure_times(benchmark, lengths, repeats):
   """Times everything, in turns; returns (timings, versions)."""
   timings = []
@@ -211,17 +149,9 @@ def measure_times(benchmark, lengths, repeats):
           worker('setup', who, **benchmark.spec(who, length, mode))
           runs[who] = lambda worker=worker, who=who: worker('run', who)
         for who, answers in take_turns(runs, repeats).items():
-          timings.append(timing(who, length, mode, answers))
+          timings.append(timing(answers, who=who, length=length, mode=mode))
           (hf if who == HF else own)('drop', who)
     return timings, hf.ready['versions'] | own.ready['versions']
-
-
-def find(records, value, who, length, mode):
-  """The `value` of one record, or None if that case was not measured."""
-  for record in records:
-    if (record['who'], record['length'], record['mode']) == (who, length, mode):
-      return record[value]
-  return None
 
 
 def judge(record):
@@ -279,15 +209,7 @@ def report(record):
         [f'{who}, {name}']
         + ['-' if cell is None else f'{scale * cell:.1f}' for cell in cells]
       )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    f'{row[0]:<{widths[0]}}'
-    + ''.join(
-      f'  {cell:>{width}}'
-      for cell, width in zip(row[1:], widths[1:], strict=True)
-    )
-    for row in rows
-  ]
+  lines = table(rows)
   imports = {
     entry['who']: entry['after_imports_bytes'] for entry in record['memory']
   }

@@ -51,6 +51,18 @@ def make_inputs(spec):
   return weights, hidden, normal(*hidden.shape)
 
 
+def make_tokens(spec):
+  """(tokens [1, length], targets [1, target_length]), the same everywhere.
+
+  No special tokens, which are the first ones, but a separator at the end.
+  """
+  rng = np.random.default_rng(spec['seed'])
+  sizes = (1, spec['length']), (1, spec['target_length'])
+  tokens, targets = (rng.integers(4, spec['vocab_size'], n) for n in sizes)
+  tokens[:, -1] = 2
+  return tokens, targets
+
+
 def peak_bytes():
   """Most memory this program ever held (what getrusage says of a process
   begins with what its parent held before the program was started)."""

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cpu_attention
+from experiments.benchmarks import cpu_attention, turns
 from experiments.benchmarks.worker import PROJECTIONS, make_inputs
 
 HF_PYTHON = cpu_attention.ROOT / '.venv-goldens' / 'bin' / 'python'
@@ -101,7 +101,7 @@ def test_turns_interleave_and_change_who_begins():
     order.append(name)
     return len(order)
 
-  answers = cpu_attention.take_turns(
+  answers = turns.take_turns(
     {name: lambda name=name: run(name) for name in 'abc'}, repeats=3
   )
   assert ''.join(order) == 'abcbcacab'
@@ -110,7 +110,7 @@ def test_turns_interleave_and_change_who_begins():
 
 def timing(who, length, mode, seconds):
   answers = [{'seconds': s, 'cpu_seconds': 2 * s} for s in seconds]
-  return cpu_attention.timing(who, length, mode, answers)
+  return turns.timing(answers, who=who, length=length, mode=mode)
 
 
 def synthetic_record():
