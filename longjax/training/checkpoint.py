@@ -80,16 +80,18 @@ class Checkpoints:
     self._say = say
     if not read_only:
       self._check_writable()
-    self._manager = orbax.CheckpointManager(
-      self.folder,
-      options=orbax.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep,
-        create=not read_only,
-        read_only=read_only,
-        # A run waits for its checkpoint, so that a full disk is known at once.
-        enable_async_checkpointing=False,
-      ),
-    )
+    # It would warn of every folder that is only read.
+    with _in_our_words():
+      self._manager = orbax.CheckpointManager(
+        self.folder,
+        options=orbax.CheckpointManagerOptions(
+          max_to_keep=None if read_only else keep,
+          create=not read_only,
+          read_only=read_only,
+          # A run waits for its checkpoint: a full disk is known at once.
+          enable_async_checkpointing=False,
+        ),
+      )
 
   def _check_writable(self):
     try:
