@@ -36,6 +36,7 @@ def make_optimizer(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  only: str = '',
 ) -> optax.GradientTransformation:
   """The optimizer of a run.
 
@@ -47,9 +48,11 @@ def make_optimizer(
     weight_decay: times the learning rate; biases and norms are not decayed.
     clip_norm: largest global norm of the gradient; None for no clipping.
     b1, b2, eps: of AdamW. Muon's momentum is 0.95, its own epsilon is fixed.
+    only: how the names of the parameters begin that are trained, such as
+      'position_embedding'; all others stay as they are. '' for all.
 
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name; by `init`, where no parameter begins so.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f'optimizer {name!r} is not one of {OPTIMIZERS}')
@@ -72,9 +75,21 @@ def make_optimizer(
       },
       lambda params: _by_name(is_matrix, params),
     )
-  if clip_norm is None:
+  if clip_norm is not None:
+    update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
+  if not only:
     return update
-  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+  def is_trained(params):
+    trained = _by_name(lambda name: name.startswith(only), params)
+    if not any(trained.values()):
+      raise ValueError(
+        f'config.optimizer.only: no parameter begins with {only!r}: they are '
+        f'{", ".join(sorted({name.split(".")[0] for name in params}))}, ...'
+      )
+    return trained
+
+  return optax.partition({True: update, False: optax.set_to_zero()}, is_trained)
 
 
 def _by_name(predicate, params: Mapping[str, jax.Array]) -> dict[str, bool]:

@@ -24,6 +24,7 @@ class Optimizer:
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  only: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

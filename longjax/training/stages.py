@@ -24,6 +24,8 @@ PATTERNS = {
   'lambda': ('windows', 'start'),
   'full': (),
 }
+# Those that an encoder may have.
+TWO_SIDED = ('sliding_window', 'dilated', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Stage:
     warmup_steps: steps of linear warm-up from 0.
     schedule: after the warm-up 'constant', or 'cosine' or 'linear' to 0 at the
       stage's last step.
-    windows: for 'sliding_window' the number of keys seen before self, for
-      'lambda' the number of keys seen with self; one for all layers or one for
-      each layer, bottom to top.
+    windows: for 'sliding_window' the number of keys seen before self (of an
+      encoder as many after it), for 'lambda' the number of keys seen with self;
+      one for all layers or one for each layer, bottom to top.
     dilations: for 'sliding_window'; one for all layers, or for each layer one
       for all heads or a tuple with one for each head.
     start: for 'lambda', how many first keys every query sees.
@@ -88,20 +90,26 @@ class Stage:
       )
 
   def layer_patterns(
-    self, pattern: str, num_layers: int
+    self, pattern: str, num_layers: int, *, causal: bool = True
   ) -> tuple[patterns.Pattern, ...]:
     """The attention pattern of each layer, bottom to top.
 
     Args:
       pattern: 'sliding_window', 'dilated', 'fixed_sparse', 'lambda' or 'full'.
       num_layers: layers of the model.
+      causal: False for an encoder, which sees both sides.
 
     Raises:
-      ValueError: for an unknown pattern, for keys of the stage that the pattern
+      ValueError: for an unknown pattern, one that is always causal where that
+        is not wanted, for keys of the stage that the pattern
         lacks or does not use, or when a sequence is not one per layer.
     """
     if pattern not in PATTERNS:
       raise ValueError(f'pattern {pattern!r} is not one of {tuple(PATTERNS)}')
+    if not causal and pattern not in TWO_SIDED:
+      raise ValueError(
+        f'pattern {pattern!r} is causal: an encoder has one of {TWO_SIDED}'
+      )
     wanted = PATTERNS[pattern]
     for name in sorted({n for names in PATTERNS.values() for n in names}):
       given = getattr(self, name) is not None
@@ -129,6 +137,7 @@ class Stage:
       return tuple(
         patterns.SlidingWindow(
           left=window,
+          right=0 if causal else window,
           dilation=tuple(d) if isinstance(d, tuple | list) else d,
         )
         for window, d in zip(
@@ -141,10 +150,13 @@ class Stage:
         for window in per_layer('windows', None)
       )
     if pattern == 'dilated':
-      return (patterns.Dilated(self.segment_lengths, self.ratios),) * num_layers
+      dilated = patterns.Dilated(
+        self.segment_lengths, self.ratios, causal=causal
+      )
+      return (dilated,) * num_layers
     if pattern == 'fixed_sparse':
       return (patterns.FixedSparse(self.block, self.summary),) * num_layers
-    return (patterns.Full(),) * num_layers
+    return (patterns.Full(causal=causal),) * num_layers
 
   def window_beyond_length(self) -> int | None:
     """The widest window where one exceeds the length (allowed), else None."""

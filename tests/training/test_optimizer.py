@@ -82,3 +82,19 @@ def test_clipping_scales_the_gradient_to_the_norm():
 def test_unknown_optimizer():
   with pytest.raises(ValueError, match="'sgd' is not one of"):
     make_optimizer(lambda step: 0.1, name='sgd')
+
+
+def test_only_some_are_trained():
+  """Clipped by their own norm, in the same way as if they were alone."""
+  grads = gradients()
+  some = updates(grads, only='layers.0.mlp', clip_norm=1e-3)
+  alone = {n: g for n, g in grads.items() if n.startswith('layers.0.mlp')}
+  optimizer = make_optimizer(lambda step: 0.1, clip_norm=1e-3)
+  params = {name: PARAMS[name] for name in alone}
+  wanted, _ = optimizer.update(alone, optimizer.init(params), params)
+  for name, update in some.items():
+    expected = wanted.get(name, np.zeros_like(update))
+    np.testing.assert_allclose(update, expected, err_msg=name)
+  assert len(wanted) == 2
+  with pytest.raises(ValueError, match="no parameter begins with 'layer.0'"):
+    updates(grads, only='layer.0')

@@ -112,3 +112,20 @@ def test_missing_key_and_no_stages():
 def test_bad_patterns(pattern, keys, message):
   with pytest.raises(ValueError, match=message):
     Stage(**BASE, **keys).layer_patterns(pattern, 2)
+
+
+def test_encoders_see_two_sides():
+  stage = Stage(**BASE, windows=(2, 3), dilations=2)
+  assert stage.layer_patterns('sliding_window', 2, causal=False) == (
+    patterns.SlidingWindow(2, 2, 2),
+    patterns.SlidingWindow(3, 3, 2),
+  )
+  full = Stage(**BASE).layer_patterns('full', 2, causal=False)
+  assert full == (patterns.Full(causal=False),) * 2
+  stage = Stage(**BASE, segment_lengths=(8,), ratios=(1,))
+  (dilated,) = stage.layer_patterns('dilated', 1, causal=False)
+  assert dilated == patterns.Dilated((8,), (1,), causal=False)
+  with pytest.raises(
+    ValueError, match="'lambda' is causal: an encoder has one"
+  ):
+    Stage(**BASE, windows=4, start=1).layer_patterns('lambda', 2, causal=False)

@@ -8,6 +8,7 @@ import importlib
 DEFAULT = 'language_modelling'
 TASKS = {
   'language_modelling': 'LanguageModelling',
+  'masked_lm': 'MaskedLM',
 }
 
 
