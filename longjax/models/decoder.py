@@ -29,6 +29,7 @@ from longjax.nn.transformer import (
 from longjax.ops.middle import MiddleKeys
 from longjax.patterns import Pattern
 from longjax.positions import sinusoidal
+from longjax.sharding import shards
 
 ABSOLUTE_POSITIONS = ('sinusoidal', 'learned')
 INIT_STD = 0.02  # of all weights
@@ -283,8 +284,8 @@ class DecoderLM(nnx.Module):
       segment_ids: int [batch, length]. Tokens of equal id see each other, those
         of negative id are padding. With a cache each row is one text: only the
         sign counts, and padding takes up no position.
-      positions: of the first token, an int or int [batch]. With a cache leave
-        it 0: the cache counts.
+      positions: of the (whole) sequence's first token, an int or int [batch].
+        With a cache leave it 0: the cache counts.
       dropout_key: turns dropout on.
       cache: from `init_cache` or an earlier call, which then is a chunk of any
         length.
@@ -323,19 +324,20 @@ class DecoderLM(nnx.Module):
         'positions must be that of the first token, an int or int [batch], '
         f'got shape {jnp.shape(positions)}'
       )
-    length = tokens.shape[1]
+    length = shards.whole_length(tokens.shape[1])
     each = None
     if self.absolute:
       self._check_positions(length, positions)
-      each = token_positions(positions, length, segment_ids)
+      each = token_positions(positions, tokens.shape[1], segment_ids)
     relative = None
     if self.relative_patterns:
       relative = self._relative(length - 1, self.dtype)
-      embeddings = dropout(
-        relative.embeddings,
-        self.dropout_rate,
-        fold_in(dropout_key, len(self.layers)),
-      )
+      with shards.split():  # These are the same everywhere.
+        embeddings = dropout(
+          relative.embeddings,
+          self.dropout_rate,
+          fold_in(dropout_key, len(self.layers)),
+        )
       relative = dataclasses.replace(relative, embeddings=embeddings)
     x = self._embed(tokens, segment_ids, each, dropout_key)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from longjax.nn.attention import NORMAL_INIT
 from longjax.nn.embedding import dropout
 from longjax.nn.transformer import make_norm
+from longjax.sharding import shards
 
 
 def _linear(inputs, outputs, kwargs):
@@ -29,16 +30,22 @@ def _linear(inputs, outputs, kwargs):
 
 def before_separator(tokens, separator: int):
   """The tokens before the first separator; of a row without one, none."""
-  is_separator = tokens == separator
-  after = jnp.cumsum(is_separator, axis=1) > 0
-  return ~after & is_separator.any(axis=1, keepdims=True)
+  found, last = _count(tokens == separator)
+  return (found == 0) & (last > 0)
 
 
 def after_separators(tokens, separator: int):
   """The tokens after the first separator and the one that follows it."""
-  after = jnp.cumsum(tokens == separator, axis=1) > 0
+  found, _ = _count(tokens == separator)
   # Two places on: of <s> a </s></s> b </s>, b </s>.
-  return jnp.pad(after, ((0, 0), (2, 0)))[:, : tokens.shape[1]]
+  return shards.rows_before(found > 0, 2)[:, : tokens.shape[1]]
+
+
+def _count(flags):
+  """(True ones up to each [batch, length], all of them [batch, 1])."""
+  found = jnp.cumsum(flags, axis=1)
+  found += shards.sum_before(found[:, -1])[:, None]
+  return found, shards.sum_over_sequence(flags.sum(axis=1, keepdims=True))
 
 
 class Head(nnx.Module):
@@ -67,7 +74,7 @@ class Pooler(Head):
     self.dense = _linear(features, features, kwargs)
 
   def __call__(self, hidden, dropout_key=None, table=None):
-    return jnp.tanh(self.dense(hidden[:, 0]))
+    return jnp.tanh(self.dense(shards.first_token(hidden)))
 
 
 class MaskedLM(Head):
@@ -117,11 +124,13 @@ class SequenceClassification(Head):
   @staticmethod
   def globals(tokens, separator):
     del separator
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]) == 0, tokens.shape)
+    numbers = shards.first_position(tokens.shape[1])
+    numbers = numbers + jnp.arange(tokens.shape[1])
+    return jnp.broadcast_to(numbers == 0, tokens.shape)
 
   def __call__(self, hidden, dropout_key=None, table=None):
     drop = functools.partial(dropout, rate=self.dropout_rate, key=dropout_key)
-    x = jnp.tanh(self.dense(drop(hidden[:, 0], site=0)))
+    x = jnp.tanh(self.dense(drop(shards.first_token(hidden), site=0)))
     return self.output(drop(x, site=1)).astype(jnp.float32)
 
 

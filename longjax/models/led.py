@@ -30,6 +30,7 @@ from longjax.nn.global_attention import GlobalAttention
 from longjax.nn.post_norm import PostNormBlock
 from longjax.nn.transformer import make_norm
 from longjax.patterns import Full, Pattern
+from longjax.sharding import shards
 
 
 @functools.partial(
@@ -235,6 +236,7 @@ class LED(nnx.Module):
       tokens: int [batch, source length].
       decoder_tokens: int [batch, target length], beginning with
         `decoder_start_token`; padding on the right changes nothing before it.
+        Where the source is split over devices, each has all of these.
       mask: 1 for tokens, 0 for padding; by default `tokens != pad_token`.
         Positions are counted from the first of `tokens`, padding or not: pad
         on the right.
@@ -266,23 +268,26 @@ class LED(nnx.Module):
       tokens, mask=mask, global_mask=global_mask, dropout_key=dropout_key
     )
     count = len(self.encoder_layers)
-    x = self._embed(
-      'decoder_tokens',
-      decoder_tokens,
-      jnp.arange(length),
-      self.decoder_positions,
-      self.decoder_norm,
-      fold_in(dropout_key, count + 1),
-    )
-    for layer, block in enumerate(self.decoder_layers):
-      key = fold_in(dropout_key, count + 2 + layer)
+    axis = shards.sequence_axis()
+    # Of split sources every device has the whole target.
+    with shards.whole_sequence():
+      x = self._embed(
+        'decoder_tokens',
+        decoder_tokens,
+        jnp.arange(length),
+        self.decoder_positions,
+        self.decoder_norm,
+        fold_in(dropout_key, count + 1),
+      )
+      for layer, block in enumerate(self.decoder_layers):
+        key = fold_in(dropout_key, count + 2 + layer)
 
-      def run(x, states, block=block, key=key):
-        source = block.cross_attention.source(states, segment_ids)
-        return block(x, states=source, dropout_key=key)
+        def run(x, states, block=block, key=key):
+          source = block.cross_attention.source(states, segment_ids, axis)
+          return block(x, states=source, dropout_key=key)
 
-      x = (jax.checkpoint(run) if self.remat else run)(x, states)
-    return self._logits(x)
+        x = (jax.checkpoint(run) if self.remat else run)(x, states)
+      return self._logits(x)
 
   def encode(self, tokens, *, mask=None, global_mask=None, dropout_key=None):
     """(states [batch, length, features], segment ids int32 [batch, length]).
@@ -298,7 +303,8 @@ class LED(nnx.Module):
     """Arrays for `encode_prepared`, with all checks: to be called where the
     arguments can be seen, when the rest is compiled."""
     tokens = jnp.asarray(tokens)
-    batch, length = _shape('tokens', tokens)
+    batch, here = _shape('tokens', tokens)
+    length = shards.whole_length(here)
     if length > self.max_positions:
       raise ValueError(
         f'{length} tokens are more than the {self.max_positions} positions of '
@@ -316,12 +322,12 @@ class LED(nnx.Module):
   def encode_prepared(self, prepared: tuple, dropout_key=None):
     """`encode` of what `prepare` returned."""
     tokens, segment_ids, global_tokens, bad = prepared
-    length = tokens.shape[1]
+    here = tokens.shape[1]
     count = len(self.encoder_layers)
     x = self._embed(
       'tokens',
       tokens,
-      jnp.arange(length),
+      shards.first_position(here) + jnp.arange(here),
       self.encoder_positions,
       self.encoder_norm,
       fold_in(dropout_key, count),
@@ -403,7 +409,9 @@ class LED(nnx.Module):
         )
       return None, none
     if mask is None:
-      first = jnp.broadcast_to(jnp.arange(real.shape[1]) == 0, real.shape)
+      here = real.shape[1]
+      numbers = shards.first_position(here) + jnp.arange(here)
+      first = jnp.broadcast_to(numbers == 0, real.shape)
       found, _ = find_globals(first, real, 1)
       return found, begins_with_padding(real, 'the first token is global')
     found, bad = find_globals(mask, real, self.max_globals)

@@ -16,6 +16,7 @@ from longjax.nn.global_attention import GlobalAttention, global_positions
 from longjax.nn.post_norm import PostNormBlock
 from longjax.nn.transformer import make_norm
 from longjax.patterns import Pattern
+from longjax.sharding import shards
 
 CONVERT = 'python -m longjax.interop.convert'
 
@@ -111,7 +112,7 @@ def find_globals(mask, real, max_globals: int):
     mask = (mask > 0) & real
     return (
       global_positions(mask, max_globals) if max_globals else None,
-      mask.sum(axis=1) > max_globals,
+      shards.sum_over_sequence(mask.sum(axis=1)) > max_globals,
     )
   mask = (np.asarray(mask) > 0) & np.asarray(real)
   counts = mask.sum(axis=1)
@@ -132,7 +133,8 @@ def begins_with_padding(real, reason: str):
 
   Rows of nothing but padding fill a batch up, and are let through.
   """
-  wrong = ~real[:, 0] & real.any(axis=1)
+  first = shards.first_token(real)
+  wrong = ~first & shards.any_in_sequence(real.any(axis=1))
   if not is_traced(wrong) and wrong.any():
     raise ValueError(
       f'row {int(wrong.argmax())} begins with padding, but {reason}: pad on '
@@ -364,7 +366,7 @@ class Longformer(nnx.Module):
 
     What they are at padding means nothing.
     """
-    batch, length = tokens.shape
+    length = shards.whole_length(tokens.shape[1])
     if length > self.max_positions:
       raise ValueError(
         f'{length} tokens are more than the {self.max_positions} positions of '
@@ -385,7 +387,9 @@ class Longformer(nnx.Module):
       bad = bad | begins_with_padding(real, reason)
 
     # RoBERTa's positions: the tokens that are no padding are counted.
-    positions = jnp.cumsum(given, axis=1) * given + self.pad_token
+    counted = jnp.cumsum(given, axis=1)
+    counted += shards.sum_before(counted[:, -1])[:, None]
+    positions = counted * given + self.pad_token
     types = jnp.zeros_like(tokens) if types is None else types
     x = look_up(self.embedding, 'tokens', tokens)
     x += self.position_embedding(positions)
@@ -431,7 +435,10 @@ class Longformer(nnx.Module):
     if self.head.most_globals:
       return found, bad
     # A task whose global tokens are found by separators, and no separator.
-    without = ~mask.any(axis=1) & real.any(axis=1)
+    marked, some = (
+      shards.any_in_sequence(flags.any(axis=1)) for flags in (mask, real)
+    )
+    without = ~marked & some
     if not is_traced(without) and without.any():
       raise ValueError(
         f'row {int(without.argmax())} has no token {self.separator_token} that '

@@ -15,6 +15,7 @@ from longjax.models.encoder import Encoder
 from longjax.nn.transformer import make_norm
 from longjax.patterns import Dilated
 from longjax.positions import sinusoidal
+from longjax.sharding import shards
 
 # Table 4: layers, width and heads.
 SIZES = {
@@ -188,6 +189,10 @@ class SlideEncoder(nnx.Module):
       ValueError: for other shapes, or tiles beyond the grid (inside of `jit`,
         where they are not known, they are placed beyond it).
     """
+    if shards.sequence_axis() is not None:
+      raise NotImplementedError(
+        'a slide split over devices: the class token is one more than its tiles'
+      )
     batch, count = tiles.shape[:2] if tiles.ndim == 3 else (-1, -1)
     if tiles.shape != (batch, count, self.tile_features) or not count:
       raise ValueError(

@@ -7,11 +7,11 @@ from flax import nnx
 from longjax.nn.cache import LayerCache, init_layer_cache
 from longjax.nn.dilated_cache import DilatedCache
 from longjax.nn.embedding import RelativeEmbedding, check_rate, distances
-from longjax.ops.attention import attention
 from longjax.ops.middle import MiddleKeys
 from longjax.ops.weights import attention_weights
 from longjax.patterns import Pattern
 from longjax.positions import ALiBi, Position, RoPE, TransformerXL, XPos
+from longjax.sharding import self_attention
 
 NAMED_POSITIONS = {'rope': RoPE, 'xpos': XPos, 'alibi': ALiBi}
 TRANSFORMER_XL = 'transformer_xl'
@@ -173,8 +173,8 @@ class Attention(nnx.Module):
       x: inputs, normalised by the caller.
       relative: what the layers share of Transformer-XL positions.
       segment_ids: int [batch, length]; negative is padding.
-      positions: of the first token, an int or int [batch]; with a cache
-        int [batch, length], negative for padding.
+      positions: of the (whole) sequence's first token, an int or int [batch];
+        with a cache int [batch, length], negative for padding.
       dropout_key: turns attention dropout on.
       cache: what earlier calls left behind.
 
@@ -184,14 +184,13 @@ class Attention(nnx.Module):
     q, k = self._queries_and_keys(x)
     v = self.value(x).reshape(k.shape)
     if cache is None:
-      out = attention(
+      out = self_attention(
         q,
         k,
         v,
         self.pattern,
         position=self._position(relative, cache),
-        q_positions=positions,
-        kv_positions=positions,
+        positions=positions,
         segment_ids=segment_ids,
         dropout_rate=self.dropout_rate if dropout_key is not None else 0.0,
         dropout_key=dropout_key,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from longjax.ops.coordinates import locate
+from longjax.ops.dropout import keep_mask, seed_of
 from longjax.patterns import Pattern
 from longjax.positions import sinusoidal
+from longjax.sharding import shards
 
 
 def fold_in(key, site: int):
@@ -19,11 +21,24 @@ def fold_in(key, site: int):
 def dropout(x, rate: float, key, site: int = 0):
   """Zeroes entries with probability `rate` and scales the rest by 1/(1-rate).
 
-  Without a key (evaluation) or at rate 0, `x` itself.
+  Which ones is a hash of the key, the batch row, the position and the feature,
+  so that shards and pieces of x lose what x would lose.
+
+  Args:
+    x: [batch, features] or [batch, length, features].
+    key: None (evaluation) for x itself, as at rate 0.
+    site: among those that use one key.
   """
   if key is None or not rate:
     return x
-  kept = jax.random.bernoulli(fold_in(key, site), 1 - rate, x.shape)
+  batch, *length, features = x.shape
+  rows, position = shards.first_row(batch) + jnp.arange(batch)[:, None], 0
+  if length:
+    position = shards.first_position(*length) + jnp.arange(*length)[:, None]
+    rows = rows[..., None]
+  kept = keep_mask(
+    seed_of(fold_in(key, site)), rate, rows, 0, position, jnp.arange(features)
+  )
   return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
@@ -39,10 +54,21 @@ def token_positions(first, length: int, segment_ids=None):
   Padding gets 0.
 
   Args:
-    first: absolute position of the first token, an int or int [batch].
+    first: absolute position of the (whole) sequence's first token, an int or
+      int [batch].
     length: how many tokens.
     segment_ids: int [batch, length], or None for one segment.
+
+  Raises:
+    NotImplementedError: with segment_ids, where the sequence is split: another
+      device may hold the first token of a segment.
   """
+  if segment_ids is not None and shards.sequence_axis() is not None:
+    raise NotImplementedError(
+      'segment_ids with positions that are added to the embeddings, where the '
+      'sequence is split over devices: another may hold where a segment begins'
+    )
+  first = first + shards.first_position(length)
   segments = None if segment_ids is None else (segment_ids, segment_ids)
   located = locate(length, length, first, first, segments)
   return jnp.maximum(located.q_pos, 0)

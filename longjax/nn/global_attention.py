@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longjax.nn.attention import NORMAL_INIT, Attention
-from longjax.nn.embedding import dropout, fold_in
-from longjax.ops.attention import attention
-from longjax.patterns import Full, Pattern
+from longjax.nn.embedding import fold_in
+from longjax.ops.dropout import keep_mask, seed_of
+from longjax.patterns import Pattern
+from longjax.sharding import attention_to_all, self_attention, shards
 
 
 def global_positions(mask, max_globals: int):
@@ -28,9 +29,13 @@ def global_positions(mask, max_globals: int):
     int32 [batch, min(max_globals, length)]: their positions in order, -1 where
     a row has fewer; of a row that has more, the first ones.
   """
-  length = mask.shape[1]
-  where = jnp.where(mask, jnp.arange(length, dtype=jnp.int32), length)
+  here = mask.shape[1]
+  length = shards.whole_length(here)
+  numbers = shards.first_position(here) + jnp.arange(here, dtype=jnp.int32)
+  where = jnp.where(mask, numbers, length)
   first = jnp.sort(where, axis=1)[:, :max_globals]
+  # Of each shard's first ones, the first.
+  first = jnp.sort(shards.gather(first), axis=1)[:, :max_globals]
   return jnp.where(first == length, -1, first)
 
 
@@ -107,12 +112,11 @@ class GlobalAttention(Attention):
         'global_tokens are given to a layer with global_projections=False'
       )
     batch, length, _ = x.shape
-    attend = functools.partial(
-      attention,
+    options = dict(
       dropout_rate=self.dropout_rate if dropout_key is not None else 0.0,
       implementation=self.implementation,
     )
-    out = attend(
+    out = self_attention(
       self._heads(self.query, x),
       self._heads(self.key, x),
       self._heads(self.value, x),
@@ -120,6 +124,7 @@ class GlobalAttention(Attention):
       global_tokens=global_tokens,
       segment_ids=segment_ids,
       dropout_key=dropout_key,
+      **options,
     )
     out = out.reshape(batch, length, -1)
     if global_tokens is None:
@@ -127,27 +132,26 @@ class GlobalAttention(Attention):
     if segment_ids is None:
       segment_ids = jnp.zeros((batch, length), jnp.int32)
     given = global_tokens >= 0
-    at = jnp.where(given, global_tokens, 0)
-    ids = jnp.take_along_axis(jnp.asarray(segment_ids), at, axis=1)
+    ids = shards.rows_at(jnp.asarray(segment_ids), global_tokens)
     ids = jnp.where(given, ids, -1)
-    q = self._heads(
-      self.global_query, jnp.take_along_axis(x, at[..., None], axis=1)
-    )
+    q = self._heads(self.global_query, shards.rows_at(x, global_tokens))
     dropout_key = fold_in(dropout_key, 1)
-    if at.shape[1] * self.num_heads <= x.shape[2] // 2:
+    if ids.shape[1] * self.num_heads <= x.shape[2] // 2:
       rows = self._few_rows(q, x, ids, segment_ids, dropout_key)
     else:
-      rows = attend(
+      rows = attention_to_all(
         q,
         self._heads(self.global_key, x),
         self._heads(self.global_value, x),
-        Full(causal=False),
+        axis_name=shards.sequence_axis(),
         segment_ids=(ids, segment_ids),
         dropout_key=dropout_key,
+        **options,
       )
     # The window's result in these rows, and its gradient, go nowhere; of
     # padding it is 0.
-    at = jnp.where(ids >= 0, global_tokens, length)
+    at = global_tokens - shards.first_position(length)
+    at = jnp.where((ids >= 0) & (at >= 0), at, length)
     out = out.at[jnp.arange(batch)[:, None], at].set(
       rows.reshape(*at.shape, -1), mode='drop'
     )
@@ -182,16 +186,40 @@ class GlobalAttention(Attention):
     )
     # Rows of no token, which are not used, may see anything: no 0 / 0.
     seen = (ids[..., None] == segment_ids[:, None]) | (ids[..., None] < 0)
-    weights = jax.nn.softmax(
-      jnp.where(seen[:, :, None], logits * self.head_dim**-0.5, -jnp.inf)
+    logits = jnp.where(seen[:, :, None], logits * self.head_dim**-0.5, -jnp.inf)
+    largest = shards.largest_in_sequence(logits.max(axis=3, keepdims=True))
+    weights = jnp.exp(logits - jax.lax.stop_gradient(largest))
+    total = shards.sum_over_sequence(weights.sum(axis=3, keepdims=True))
+    weights = self._drop(weights / total, dropout_key)
+    mixed = jnp.einsum(
+      'bght,btf->bghf',
+      weights.astype(self.dtype),
+      x,
+      preferred_element_type=jnp.float32,
     )
-    weights = dropout(weights, self.dropout_rate, dropout_key)
-    mixed = jnp.einsum('bght,btf->bghf', weights.astype(self.dtype), x)
-    bias = self.global_value.bias[...].reshape(shape[1:])
+    mixed, kept = shards.sum_over_sequence(
+      (mixed, weights.sum(axis=3, keepdims=True))
+    )
+    mixed = mixed.astype(self.dtype)
     # Without dropout the weights sum to 1.
-    bias = bias * weights.sum(axis=3, keepdims=True)
+    bias = self.global_value.bias[...].reshape(shape[1:]) * kept
     rows = jnp.einsum('bghf,fhd->bghd', mixed, value)
     return rows + bias.astype(self.dtype)
+
+  def _drop(self, weights, key):
+    """Dropout of weights [batch, globals, heads, length]."""
+    if key is None or not self.dropout_rate:
+      return weights
+    batch, queries, heads, length = weights.shape
+    kept = keep_mask(
+      seed_of(key),
+      self.dropout_rate,
+      (shards.first_row(batch) + jnp.arange(batch))[:, None, None, None],
+      jnp.arange(heads)[:, None],
+      jnp.arange(queries)[:, None, None],
+      shards.first_position(length) + jnp.arange(length),
+    )
+    return jnp.where(kept, weights / (1 - self.dropout_rate), 0)
 
   def _heads(self, linear, x):
     return linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)

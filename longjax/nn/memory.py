@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from longjax.ops.call import SAVED
+from longjax.sharding import shards
 
 _policies = jax.checkpoint_policies
 # What is kept of a block besides its input.
@@ -51,27 +52,31 @@ def in_pieces(f: Callable, size: int | None, *arrays):
   exists for one piece only.
 
   Args:
-    f: (number of the piece, *pieces [batch, positions, ...]) -> an array of the
-      same leading axes, whose positions do not meet.
+    f: pieces [batch, positions, ...] -> an array of the same leading axes,
+      whose positions do not meet.
     size: positions in a piece; the last may have fewer. None for all of them,
       kept.
     *arrays: equal in their leading axes.
   """
   length = arrays[0].shape[1]
   if size is None or size >= length:
-    return f(0, *arrays)
-  count, f = length // size, jax.checkpoint(f)
+    return f(*arrays)
+  count = length // size
+
+  @jax.checkpoint
+  def of_piece(first, *pieces):
+    with shards.piece(first, length):
+      return f(*pieces)
 
   def cut(x):
     pieces = x[:, : count * size].reshape(len(x), count, size, *x.shape[2:])
     return jnp.moveaxis(pieces, 1, 0)
 
-  y = jax.lax.map(
-    lambda piece: f(*piece), (jnp.arange(count), *map(cut, arrays))
-  )
+  starts = jnp.arange(count) * size
+  y = jax.lax.map(lambda x: of_piece(*x), (starts, *map(cut, arrays)))
   y = jnp.moveaxis(y, 0, 1)
   y = y.reshape(len(y), count * size, *y.shape[3:])
   if count * size == length:
     return y
-  last = f(count, *(x[:, count * size :] for x in arrays))
+  last = of_piece(count * size, *(x[:, count * size :] for x in arrays))
   return jnp.concatenate([y, last], axis=1)

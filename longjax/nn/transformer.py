@@ -290,12 +290,11 @@ class Block(nnx.Module):
       mixed, cache = mixed
     x = x + dropout(mixed, self.dropout_rate, dropout_key, 1)
 
-    def add_mlp(number, x, normed):
-      key = fold_in(dropout_key, number) if self.mlp_piece else dropout_key
+    def add_mlp(x, normed):
       if self.mlp_norm is not None:
         normed = self.mlp_norm(x).astype(self.dtype)
-      hidden = self.mlp(normed, fold_in(key, 2))
-      return x + dropout(hidden, self.dropout_rate, key, 3)
+      hidden = self.mlp(normed, fold_in(dropout_key, 2))
+      return x + dropout(hidden, self.dropout_rate, dropout_key, 3)
 
     x = in_pieces(add_mlp, self.mlp_piece, x, normed)
     return x if cache is None else (x, cache)

@@ -30,6 +30,7 @@ def attention(
   segment_ids: Int[Array, 'B T'] | tuple | None = None,
   dropout_rate: float = 0.0,
   dropout_key: Array | None = None,
+  dropout_row: int | Int[Array, ''] = 0,
   scale: float | None = None,
   logit_soft_cap: float | None = None,
   implementation: str | Sequence[str] | None = None,
@@ -60,6 +61,7 @@ def attention(
       are taken as they are).
     dropout_rate, dropout_key: share of attention weights dropped, by a hash of
       (key, batch row, head, query position, key position).
+    dropout_row: number of the first batch row, where these are some of more.
     scale: of the products q . k; 1 / sqrt(head size) if None.
     logit_soft_cap: c in c * tanh(logit / c), after scale and bias.
     implementation: 'mosaic_gpu', 'mosaic_tpu', 'cudnn', 'xla', 'reference', a
@@ -121,6 +123,7 @@ def attention(
     global_tokens=global_tokens,
     dropout_rate=float(dropout_rate),
     dropout_seed=seed_of(dropout_key) if dropout_rate else None,
+    first_row=dropout_row,
     scale=head_dim**-0.5 if scale is None else float(scale),
     logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
     return_lse=return_lse,

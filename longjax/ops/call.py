@@ -32,6 +32,7 @@ class Call:
   global_tokens: Int[Array, 'B G'] | None
   dropout_rate: float
   dropout_seed: UInt32[Array, '2'] | None
+  first_row: int | Int[Array, '']  # what dropout calls batch row 0
   scale: float
   logit_soft_cap: float | None
   return_lse: bool

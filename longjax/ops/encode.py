@@ -47,7 +47,7 @@ def take_apart(call: Call) -> tuple[Static, Differentiable, Auxiliary]:
     call.contiguous,
   )
   x = Differentiable(call.q, call.k, call.v, call.position)
-  rows = jnp.arange(call.q.shape[0], dtype=jnp.int32)
+  rows = call.first_row + jnp.arange(call.q.shape[0], dtype=jnp.int32)
   auxiliary = Auxiliary(call.where, call.global_tokens, call.dropout_seed, rows)
   return static, x, auxiliary
 

@@ -100,7 +100,7 @@ def _kept(call):
   keep = keep_mask(
     call.dropout_seed,
     call.dropout_rate,
-    np.arange(batch)[:, None, None, None],
+    call.first_row + np.arange(batch)[:, None, None, None],
     np.arange(num_heads)[:, None, None],
     *_pairs(call.where.q_abs, call.where.k_abs),
   )

@@ -23,7 +23,7 @@ from longjax.ops.merge import merge
 from longjax.patterns import TRUE_DISTANCE, Branch, Pattern
 from longjax.positions import Position
 from longjax.sharding import exchange, thinned
-from longjax.sharding.calls import Options, Rows, Shard
+from longjax.sharding.calls import Dropout, Options, Rows, Shard
 from longjax.sharding.parts import Branches, GlobalsOnly
 from longjax.sharding.ring import ring_attention
 
@@ -41,6 +41,7 @@ def sharded_attention(
   segment_ids: Int[Array, 'B T'] | None = None,
   dropout_rate: float = 0.0,
   dropout_key: Array | None = None,
+  dropout_row: int | Int[Array, ''] = 0,
   scale: float | None = None,
   logit_soft_cap: float | None = None,
   implementation: str | Sequence[str] | None = None,
@@ -57,9 +58,9 @@ def sharded_attention(
     positions: absolute position of the whole sequence's first row.
     global_tokens: absolute positions, the same on every device.
     segment_ids: of the shard's rows.
-    pattern, position, dropout_rate, dropout_key, scale, logit_soft_cap,
-      implementation, return_lse: as for `longjax.attention`; the same on every
-      device of the axis.
+    pattern, position, dropout_rate, dropout_key, dropout_row, scale,
+      logit_soft_cap, implementation, return_lse: as for `longjax.attention`;
+      the same on every device of the axis.
 
   Raises:
     ValueError: as `longjax.attention`.
@@ -78,6 +79,7 @@ def sharded_attention(
     )
   if implementation is not None and not isinstance(implementation, str):
     implementation = tuple(implementation)
+  dropout = Dropout(dropout_key, dropout_row)
   options = Options(dropout_rate, scale, logit_soft_cap, implementation)
   position = exchange.varying(position, axis_name)
   length = q.shape[1]
@@ -89,7 +91,7 @@ def sharded_attention(
     axis_name,
     rows,
     position,
-    dropout_key,
+    dropout,
     start=positions if isinstance(positions, int) else None,
   )
   parts = _assign(shard, pattern.branches(q.shape[2]))
@@ -104,7 +106,7 @@ def sharded_attention(
   if parts.around:
     around = Branches(parts.around, pattern)
     results.append(
-      ring_attention(around, options, axis_name, rows, position, dropout_key)
+      ring_attention(around, options, axis_name, rows, position, dropout)
     )
   if global_tokens is not None and global_tokens.shape[1]:
     results.append(_globals(shard, pattern, global_tokens))
@@ -192,9 +194,10 @@ def _near(shard, pattern, branches):
         'known to begin at position 0: entries are named by positions'
       )
   # Positions are counted from the sequence's first row. So those before it are
-  # negative: nobody's. `start` says the same of those after its last.
+  # negative: nobody's. `start` says the same of those after its last, unless
+  # documents do.
   first = jnp.int32(jax.lax.axis_index(shard.axis_name) * shard.length)
-  if right:
+  if right and ids is None:
     end = shard.length * shard.devices
     branches = tuple(
       dataclasses.replace(b, start=min(b.start, end)) for b in branches

@@ -21,6 +21,18 @@ class Options:
   implementation: str | tuple[str, ...] | None
 
 
+class Dropout(NamedTuple):
+  """What names the entries that are dropped.
+
+  Attributes:
+    key: None for no dropout.
+    first_row: number of the first batch row.
+  """
+
+  key: Array | None
+  first_row: int | Int[Array, ''] = 0
+
+
 class Rows(NamedTuple):
   """Neighbouring rows of the sequence.
 
@@ -50,7 +62,7 @@ class Shard:
   axis_name: str
   rows: Rows  # q, k and v
   position: Position | None
-  dropout_key: Array | None
+  dropout: Dropout
   start: int | None  # position of the whole sequence's first row, if known
 
   @property
@@ -77,7 +89,7 @@ class Shard:
       queries,
       keys,
       self.position,
-      self.dropout_key,
+      self.dropout,
       **more,
     )
 
@@ -88,7 +100,7 @@ def call(
   queries: Rows,
   keys: Rows,
   position: Position | None,
-  dropout_key,
+  dropout: Dropout,
   **more,
 ):
   """(out, lse) of queries that see these keys by a pattern."""
@@ -104,7 +116,8 @@ def call(
     kv_positions=keys.first,
     segment_ids=ids,
     dropout_rate=options.dropout_rate,
-    dropout_key=dropout_key,
+    dropout_key=dropout.key,
+    dropout_row=dropout.first_row,
     scale=options.scale,
     logit_soft_cap=options.logit_soft_cap,
     implementation=options.implementation,

@@ -6,6 +6,9 @@ the axis, in order. All are differentiable: the cotangent of a row that was
 moved goes back to the device that owns it.
 """
 
+import contextlib
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -61,7 +64,7 @@ def _from_distance(x, rows, hop, axis_name, *, back):
   return jax.lax.ppermute(part, axis_name, pairs)
 
 
-def varying(tree, axis_name: str):
+def varying(tree, axis_name: str | Sequence[str]):
   """The same arrays, as ones that may differ between devices.
 
   To `shard_map`, what is the same everywhere has a cotangent that is too, and
@@ -69,10 +72,10 @@ def varying(tree, axis_name: str):
   """
 
   def cast(x):
-    try:
-      return jax.lax.pcast(x, axis_name, to='varying')
-    except ValueError:  # It does already.
-      return x
+    for axis in [axis_name] if isinstance(axis_name, str) else axis_name:
+      with contextlib.suppress(ValueError):  # It does already.
+        x = jax.lax.pcast(x, axis, to='varying')
+    return x
 
   return jax.tree.map(cast, tree)
 

@@ -32,10 +32,8 @@ class Ring:
   axis_name: str
   zigzag: bool
 
-  def attend(self, queries, keys, position, dropout_key):
-    return call(
-      self.options, self.pattern, queries, keys, position, dropout_key
-    )
+  def attend(self, queries, keys, position, dropout):
+    return call(self.options, self.pattern, queries, keys, position, dropout)
 
   @property
   def size(self):
@@ -49,15 +47,13 @@ class Ring:
     )
 
 
-def ring_attention(
-  pattern, options, axis_name, rows: Rows, position, dropout_key
-):
+def ring_attention(pattern, options, axis_name, rows: Rows, position, dropout):
   """(out, lse) of the shard's queries over all keys of the sequence.
 
   Args:
     pattern: what is seen, by absolute positions.
     rows: q, k and v of the shard, [batch, length, heads, size] each.
-    position, dropout_key: as for `longjax.attention`.
+    position: as for `longjax.attention`.
   """
   length, size = rows.x[0].shape[1], jax.lax.axis_size(axis_name)
   zigzag = pattern.causal and size > 1 and not length % 2
@@ -67,7 +63,7 @@ def ring_attention(
     x, ids = deal((x, ids), axis_name)
   # Where the whole sequence begins.
   first = rows.first - jax.lax.axis_index(axis_name) * length
-  out = _ring(static, (*x, position), (ids, first, dropout_key))
+  out = _ring(static, (*x, position), (ids, first, dropout))
   return deal(out, axis_name, back=True) if zigzag else out
 
 
@@ -171,7 +167,7 @@ def _ring(static, x, auxiliary):
 
 def _forward(static, x, auxiliary):
   q, k, v, position = x
-  ids, first, dropout_key = auxiliary
+  ids, first, dropout = auxiliary
   rank = jax.lax.axis_index(static.axis_name)
   queries = _pieces(static, (q,), ids, first, rank)
 
@@ -184,7 +180,7 @@ def _forward(static, x, auxiliary):
         _pick(one.queries, queries),
         _pick(one.keys, keys),
         position,
-        dropout_key,
+        dropout,
       )
       state = [
         old
@@ -223,7 +219,7 @@ def _forward(static, x, auxiliary):
 def _backward(static, residuals, cotangents):
   x, auxiliary, out, lse = residuals
   q, k, v, position = x
-  ids, first, dropout_key = auxiliary
+  ids, first, dropout = auxiliary
   dout, dlse = cotangents
   rank = jax.lax.axis_index(static.axis_name)
   queries = _pieces(static, (q,), ids, first, rank)
@@ -242,7 +238,7 @@ def _backward(static, residuals, cotangents):
 
     def attend(q, kv, position):
       return static.attend(
-        rows._replace(x=(q,)), visited._replace(x=kv), position, dropout_key
+        rows._replace(x=(q,)), visited._replace(x=kv), position, dropout
       )
 
     (out, own_lse), pull = jax.vjp(attend, *rows.x, visited.x, position)

@@ -65,6 +65,10 @@ CASES = {
   'globals, causal': (longjax.SlidingWindow(6), GLOBAL | ROPE),
   'globals, lambda': (longjax.Lambda(9, 2), GLOBAL | ROPE),
   'documents': (longjax.SlidingWindow(20, 20), ROPE | {'ids': RUNS}),
+  'documents, dilations': (
+    longjax.SlidingWindow(4, 4, (1, 2, 2, 1)),
+    GLOBAL | {'ids': RUNS},
+  ),
   'documents, full': (longjax.Full(), ROPE | {'ids': RUNS}),
   'documents, globals': (longjax.SlidingWindow(9), GLOBAL | {'ids': RUNS}),
   'dropout': (
@@ -98,7 +102,7 @@ USUAL = {
     'LongNet, torchscale',
     'LongNet, xPos',
     'globals, causal',
-    'documents',
+    'documents, dilations',
     'Transformer-XL',
     'dropout',
     'two-sided, elsewhere',

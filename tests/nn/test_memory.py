@@ -87,9 +87,11 @@ def test_pieces_of_the_mlp_and_a_loop_over_layers_change_nothing():
 
 
 @pytest.mark.full
-def test_each_layer_of_a_loop_has_dropout_of_its_own():
+def test_loops_over_layers_and_pieces_drop_the_same():
   options = dict(dropout_rate=0.5)
-  check(gradients(scan_layers=True, **options), gradients(**options))
+  plain = gradients(**options)
+  check(gradients(scan_layers=True, **options), plain)
+  check(gradients(mlp_piece=5, **options), plain)
 
 
 @pytest.mark.parametrize('size', [1, 4, 7, 100])
@@ -100,8 +102,7 @@ def test_in_pieces(size):
   @jax.jit
   @jax.value_and_grad
   def cut(weights, x):
-    def f(number, x, y):
-      del number
+    def f(x, y):
       return jnp.sin(x @ weights) * y
 
     return jnp.square(in_pieces(f, size, x, x[..., :1])).sum()
