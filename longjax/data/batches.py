@@ -9,7 +9,8 @@ The sequences form one endless stream: a permutation of all of them, then
 another, and so on. Batch b of B sequences is places b * B to (b + 1) * B of
 that stream, whoever computes it. So every epoch visits every sequence exactly
 once (a batch may straddle two epochs), and process p of P takes places p,
-p + P, p + 2P, ... of it: the processes are disjoint and together complete.
+p + P, p + 2P, ... of it: the processes are disjoint and together complete. Long
+sequences may be cut into parts besides, one for each of several processes.
 """
 
 import functools
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Batches:
-  """Endless iterator of {'tokens': int32 [local batch, length + 1]}.
+  """Endless iterator of {'tokens': int32 [local batch, length / parts + 1]}.
 
   Attributes:
     sequences_per_epoch: how many sequences the tokens hold.
@@ -44,6 +45,8 @@ class Batches:
     shuffle: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    part: int = 0,
+    parts: int = 1,
     loader: str = 'grain',
   ):
     """Checks the arguments; reads nothing yet.
@@ -56,6 +59,7 @@ class Batches:
       shuffle: False goes through the sequences in order.
       process_index: which part of every batch is yielded here.
       process_count: into how many parts batches are split.
+      part, parts: of each sequence, cut into so many, only this one is read.
       loader: 'grain' reads ahead in a thread and needs grain; 'numpy' does
         the same work when asked, with another shuffle.
 
@@ -73,6 +77,7 @@ class Batches:
       'length': length,
       'batch_size': batch_size,
       'process_count': process_count,
+      'parts': parts,
     }.items():
       if operator.index(value) < 1:
         raise ValueError(f'{name}={value} must be at least 1')
@@ -84,6 +89,10 @@ class Batches:
     if not 0 <= process_index < process_count:
       raise ValueError(
         f'process_index={process_index} is not in [0, {process_count})'
+      )
+    if length % parts or not 0 <= part < parts:
+      raise ValueError(
+        f'part={part} is none of parts={parts} that length={length} has'
       )
     if operator.index(seed) < 0:
       raise ValueError(f'seed={seed} must not be negative')
@@ -112,7 +121,7 @@ class Batches:
     }
     make_stream = {'grain': _GrainStream, 'numpy': _NumpyStream}[loader]
     self._stream = make_stream(
-      _Sequences(tokens, length),
+      _Sequences(tokens, length, part, parts),
       batch_size // process_count,
       seed=seed if shuffle else None,
       process_index=process_index,
@@ -159,18 +168,20 @@ class Batches:
 
 
 class _Sequences:
-  """The sequences of `tokens` by number: int32 [length + 1] each."""
+  """The sequences of `tokens` by number: int32 [length / parts + 1] each."""
 
-  def __init__(self, tokens: np.ndarray, length: int):
+  def __init__(self, tokens: np.ndarray, length: int, part: int, parts: int):
     self._tokens = tokens
     self._length = length
+    self._size = length // parts
+    self._first = part * self._size
 
   def __len__(self) -> int:
     return (len(self._tokens) - 1) // self._length
 
   def __getitem__(self, index: int) -> np.ndarray:
-    start = index * self._length
-    return self._tokens[start : start + self._length + 1].astype(np.int32)
+    start = index * self._length + self._first
+    return self._tokens[start : start + self._size + 1].astype(np.int32)
 
 
 class _NumpyStream:

@@ -10,8 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -59,9 +57,10 @@ def windows(
 
 
 def bits_per_character(
-  logits_fn: Callable,
+  losses_fn: Callable,
   tokens: np.ndarray,
   *,
+  vocab_size: int,
   length: int,
   stride: int,
   batch_size: int,
@@ -70,19 +69,20 @@ def bits_per_character(
   """Scores every character of a text exactly once.
 
   The text's first character has nothing before it and is charged the uniform
-  log2(vocabulary) bits; every other one is predicted from the characters of its
+  log2(vocab_size) bits; every other one is predicted from the characters of its
   window before it. Every batch has the same shape: the text's end and the last
   batch are filled up with padding which is not scored, so the model must be
   causal. The result does not depend on the batch size.
 
   Args:
-    logits_fn: maps int32 tokens `[batch_size, length]` to logits
-      `[batch_size, length, vocabulary]`, where row i is the prediction of
-      character i + 1; jitted by the caller.
+    losses_fn: maps int32 inputs and targets, `[batch_size, length]` each, to
+      the negative log-likelihood of each target after the inputs up to its own
+      place, in nats; jitted by the caller.
     tokens: the text, `[characters]` integers.
+    vocab_size: how many different characters there can be.
     length: characters read by a window, >= 1.
     stride: characters between the starts of windows, 1..length.
-    batch_size: windows in one call of `logits_fn`; >= 1.
+    batch_size: windows in one call of `losses_fn`; >= 1.
     progress: wraps the iterable of batches, as tqdm does.
 
   Returns:
@@ -105,7 +105,7 @@ def bits_per_character(
     raise ValueError(f'batch_size must be >= 1, got {batch_size}')
 
   todo = list(windows(tokens.size, length, stride))
-  total, characters, vocabulary = 0.0, 0, None
+  total, characters = 0.0, 0
   batches = range(0, max(len(todo), 1), batch_size)
   for at in progress(batches) if progress else batches:
     inputs = np.zeros((batch_size, length), np.int32)
@@ -116,26 +116,16 @@ def bits_per_character(
       inputs[row, :n] = tokens[start : end - 1]
       targets[row, :n] = tokens[start + 1 : end]
       scored[row, first - start - 1 : n] = True
-    logits = logits_fn(inputs)
-    vocabulary = logits.shape[-1]
-    losses = np.asarray(_negative_log2(logits, targets), np.float64)
+    losses = np.asarray(losses_fn(inputs, targets), np.float64)
     total += losses[scored].sum()
     characters += int(scored.sum())
 
   return BitsPerCharacter(
     bits_per_character=float(
-      (total + math.log2(vocabulary)) / (characters + 1)
+      (total / math.log(2) + math.log2(vocab_size)) / (characters + 1)
     ),
     characters=characters + 1,
     length=length,
     stride=stride,
     windows=len(todo),
   )
-
-
-@jax.jit
-def _negative_log2(logits, targets):
-  """-log2 p of each target, `[batch, length]` float32."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-  return -chosen / math.log(2)

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
 from flax import nnx
 
-from longjax.training.devices import DataMesh
+from longjax.training.devices import Devices
 
 
 def _nothing():
@@ -25,7 +24,7 @@ class Apply:
     self,
     merge: Callable,
     params: Mapping,
-    mesh: DataMesh,
+    devices: Devices,
     *,
     check: Callable[[], None] = _nothing,
     compiled: dict | None = None,
@@ -34,31 +33,35 @@ class Apply:
 
     merge: parameters -> module, see `longjax.training.state.split`.
     params: of the model.
-    mesh: the devices.
+    devices: where it is computed.
     check: called before each call, so that a long evaluation can be left.
     compiled: functions by `f`, shared by all with the same `merge`.
     """
     self._merge = merge
     self._params = params
-    self._mesh = mesh
+    self._devices = devices
     self._check = check
     self._compiled = {} if compiled is None else compiled
 
-  def __call__(self, f: Callable) -> Callable:
+  def __call__(self, f: Callable, *, sequences: bool = False) -> Callable:
     """f(model, *rows) as a function of rows.
 
     Rows are pytrees of arrays [batch, ...] that every process holds whole, the
-    batch a multiple of the devices. Results are whole on every device.
+    batch a multiple of the devices along it. Results are whole on every device.
+
+    Args:
+      f: see the class.
+      sequences: rows are arrays [batch, length], and so is the result; lengths
+        are split over the devices, too.
     """
     if f not in self._compiled:
-      self._compiled[f] = jax.jit(
+      self._compiled[f] = self._devices.apply(
         lambda params, *rows: f(self._merge(params), *rows),
-        out_shardings=self._mesh.replicated,
+        sequences=sequences,
       )
 
     def run(*rows):
       self._check()
-      rows = jax.tree.map(self._mesh.shard_same, rows)
       return self._compiled[f](self._params, *rows)
 
     return run

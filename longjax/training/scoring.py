@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from longjax.training.checkpoint import CheckpointError, Checkpoints
-from longjax.training.devices import DataMesh
+from longjax.training.devices import make_devices
 from longjax.training.forward import Apply
 from longjax.training.metrics import say, show
 from longjax.training.settings import Settings, make_settings
@@ -60,7 +60,7 @@ def load(
   settings = make_settings(config)
   stage = make_stages(settings.stages)[-1]
   folder, step = _find(pathlib.Path(checkpoint or workdir))
-  mesh = DataMesh()
+  devices = make_devices(settings)
   task = make_task(settings, folder.parent)
 
   def make_model(rngs):
@@ -70,7 +70,7 @@ def load(
   merge, shapes = split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
   part = 'ema' if settings.ema_decay else 'params'
   like = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.replicated)
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.replicated)
     for name, x in shapes.items()
   }
   with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
@@ -97,11 +97,12 @@ def evaluate(
 ) -> dict:
   """Scores a checkpoint on the test split; see `load` and `Task.test`."""
   trained = load(config, workdir, checkpoint)
-  mesh = DataMesh()
-  mesh.check_divides(
+  devices = make_devices(trained.settings)
+  devices.check_divides(
     'evaluation batch_size', trained.settings.evaluation.batch_size
   )
-  apply = Apply(*split(trained.model), mesh)
+  devices.check_sequences(trained.task)
+  apply = Apply(*split(trained.model), devices)
   result = trained.task.test(apply, pathlib.Path(workdir))
   say(f'test {show(result, trained.task.scores)}')
   return {'step': trained.step, **result}

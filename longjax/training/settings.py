@@ -41,6 +41,22 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How a run is laid over the devices of all processes.
+
+  Attributes:
+    data: devices along the batch's rows; -1 for those left.
+    seq: devices along the sequence.
+    split_parameters: parameters and the optimizer's state are split over all
+      devices, and put together for each step only.
+  """
+
+  data: int = -1
+  seq: int = 1
+  split_parameters: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """A run.
 
@@ -49,7 +65,7 @@ class Settings:
     seed: of the initial parameters, the order of the data, dropout.
     model: keyword arguments of the task's model; dtypes by name ('bfloat16').
     stages: see `longjax.training.stages.Stage`; a mapping for each.
-    optimizer, evaluation: see the classes above.
+    optimizer, mesh, evaluation: see the classes above.
     micro_batches: parts into which a batch is cut, one after the other, to
       save memory (gradient accumulation).
     ema_decay: of the moving average of the parameters, which is then what is
@@ -66,6 +82,7 @@ class Settings:
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   stages: tuple[Mapping[str, Any], ...] = ()
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
   micro_batches: int = 1
   ema_decay: float = 0.0
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)

@@ -5,12 +5,15 @@ choose by name, checkpoints say names, and the module around them is rebuilt
 whenever a stage changes the patterns.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
+
+from longjax.sharding import shards
 
 
 def split(model: nnx.Module) -> tuple[Callable, dict]:
@@ -55,6 +58,7 @@ def make_train_step(
   seed: int,
   micro_batches: int = 1,
   ema_decay: float = 0.0,
+  sum_over_parts: Callable | None = None,
 ) -> Callable:
   """The update, a pure function to be jitted.
 
@@ -68,57 +72,58 @@ def make_train_step(
     micro_batches: parts of the batch, one after the other; the weighted mean of
       their gradients is taken.
     ema_decay: of state['ema'], when above 0.
+    sum_over_parts: of several devices, see `longjax.training.devices.Devices`.
 
   Returns:
     (state, batch, step) -> (state, {'loss', 'gradient_norm'}), with state
     {'params', 'opt_state'} and maybe 'ema'; the norm is before clipping.
   """
 
-  def gradient(params, batch, key):
-    """((loss, weight), gradients)"""
-    return jax.value_and_grad(
-      lambda p: loss_fn(merge(p), batch, key), has_aux=True
-    )(params)
+  def sums(params, batch, key, whole):
+    """((weighted loss, weight), gradients of that) of a part of the batch."""
+
+    def weighted_loss(params, batch, key):
+      loss, weight = loss_fn(merge(whole(params)), batch, key)
+      if weight is None:
+        return loss, jnp.float32(1)
+      weight = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
+      return loss * weight, weight
+
+    gradient = jax.value_and_grad(weighted_loss, has_aux=True)
+    if micro_batches == 1:
+      return gradient(params, batch, key)
+    # Row r goes to part r % micro_batches, so that each device keeps its own.
+    parts = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0),
+      batch,
+    )
+
+    def accumulate(total, part_and_number):
+      part, number = part_and_number
+      new = gradient(params, part, jax.random.fold_in(key, number))
+      return jax.tree.map(jnp.add, total, shards.here(new)), None
+
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(jnp.shape(x), jnp.float32), ((0.0, 0.0), params)
+    )
+    numbered = parts, jnp.arange(micro_batches)
+    return jax.lax.scan(accumulate, shards.here(zeros), numbered)[0]
+
+  if sum_over_parts is None:
+    total = functools.partial(sums, whole=lambda params: params)
+  else:
+    total = sum_over_parts(sums)
 
   def train_step(state, batch, step):
     key = jax.random.fold_in(jax.random.key(seed), step)
     params = state['params']
-    if micro_batches == 1:
-      (loss, _), gradients = gradient(params, batch, key)
-    else:
-      # Row r goes to part r % micro_batches, so that each device keeps its own.
-      parts = jax.tree.map(
-        lambda x: jnp.moveaxis(
-          x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0
-        ),
-        batch,
-      )
-
-      def accumulate(total, part_and_number):
-        part, number = part_and_number
-        (loss, weight), gradients = gradient(
-          params, part, jax.random.fold_in(key, number)
-        )
-        new = loss, gradients
-        if weight is not None:
-          new = jax.tree.map(lambda x: jnp.float32(weight) * x, new)
-        return jax.tree.map(jnp.add, total, new), weight
-
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), params)
-      )
-      total, weights = jax.lax.scan(
-        accumulate, zeros, (parts, jnp.arange(micro_batches))
-      )
-      whole = micro_batches
-      if weights is not None:
-        whole = weights.sum().astype(jnp.float32)
-        whole = jnp.where(whole > 0, whole, 1)
-      loss, gradients = jax.tree.map(
-        lambda x, old: (x / whole).astype(old.dtype),
-        total,
-        (jnp.float32(0), params),
-      )
+    (loss, weight), gradients = total(params, batch, key)
+    weight = jnp.where(weight > 0, weight, 1)
+    loss, gradients = jax.tree.map(
+      lambda x, old: (x / weight).astype(old.dtype),
+      (loss, gradients),
+      (jnp.float32(0), params),
+    )
     updates, opt_state = optimizer.update(gradients, state['opt_state'], params)
     params = optax.apply_updates(params, updates)
     new = {'params': params, 'opt_state': opt_state}

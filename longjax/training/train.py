@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from flax import nnx
 from longjax.training import metrics as metrics_lib
 from longjax.training import stages as stages_lib
 from longjax.training.checkpoint import CheckpointError, Checkpoints
-from longjax.training.devices import DataMesh
+from longjax.training.devices import make_devices
 from longjax.training.forward import Apply
 from longjax.training.optimizer import make_optimizer
 from longjax.training.preemption import Preempted, StopRequests
@@ -65,16 +66,18 @@ def train_and_evaluate(
   # ┌─────────────────────────────────────────────────────────────────────────┐
   # │ Devices, data, model, optimizer                                         │
   # └─────────────────────────────────────────────────────────────────────────┘
-  mesh = DataMesh()
+  devices = make_devices(settings)
   for number, stage in enumerate(stages):
-    mesh.check_divides(
+    devices.check_divides(
       f'stage {number} batch_size', stage.batch_size, settings.micro_batches
     )
-  mesh.check_divides('evaluation batch_size', settings.evaluation.batch_size)
+  devices.check_divides('evaluation batch_size', settings.evaluation.batch_size)
   checkpoints = Checkpoints(
     workdir / 'checkpoints', keep=settings.keep_checkpoints
   )
   task = make_task(settings, workdir)
+  devices.check_sequences(task)
+  task.place = devices.place
   # The module of every stage is made here, though only one is needed now: a
   # mistake in the last stage should not wait for days.
   merges = [
@@ -83,7 +86,7 @@ def train_and_evaluate(
   ]
   schedule = stages_lib.learning_rate_schedule(stages)
   optimizer = make_optimizer(schedule, **dataclasses.asdict(settings.optimizer))
-  state = _initial_state(settings, task, stages[0], optimizer, mesh)
+  state = _initial_state(settings, task, stages[0], optimizer, devices)
   num_parameters = sum(p.size for p in state['params'].values())
 
   # ┌─────────────────────────────────────────────────────────────────────────┐
@@ -108,7 +111,7 @@ def train_and_evaluate(
   say(f'data: {task.description}')
   say(
     f'{num_parameters:,} parameters, {starts[-1]} steps in {len(stages)} '
-    f'stage(s), {mesh.num_devices} device(s): {jax.devices()[0].device_kind}'
+    f'stage(s), {devices.describe()}'
   )
   if restored:
     say(f'going on from the checkpoint of step {step}')
@@ -157,6 +160,9 @@ def train_and_evaluate(
           seed=seed,
           micro_batches=settings.micro_batches,
           ema_decay=settings.ema_decay,
+          sum_over_parts=functools.partial(
+            devices.sum_over_parts, sequences=task.sequences
+          ),
         ),
         donate_argnums=0,
       )
@@ -170,7 +176,7 @@ def train_and_evaluate(
         compiled = {}
         while step < starts[number + 1]:
           rows = next(batches)
-          batch = mesh.shard(rows)
+          batch = devices.shard(rows, task.sequences)
           shapes = _shapes(rows)
           if shapes not in compiled:
             if compiled:
@@ -208,7 +214,7 @@ def train_and_evaluate(
               Apply(
                 merges[number],
                 averaged(state),
-                mesh,
+                devices,
                 check=stop.check,
                 compiled=functions,
               )
@@ -247,7 +253,7 @@ def train_and_evaluate(
     # │ Final evaluation                                                      │
     # └───────────────────────────────────────────────────────────────────────┘
     progress.close()
-    after = Apply(merges[-1], averaged(state), mesh, check=stop.check)
+    after = Apply(merges[-1], averaged(state), devices, check=stop.check)
     result = {
       'step': step,
       'parameters': num_parameters,
@@ -263,8 +269,8 @@ def train_and_evaluate(
       ):
         say('matplotlib is not installed: no loss.png')
     if is_first and settings.report:
-      first = _initial_state(settings, task, stages[0], optimizer, mesh)
-      before = Apply(merges[-1], first['params'], mesh, check=stop.check)
+      first = _initial_state(settings, task, stages[0], optimizer, devices)
+      before = Apply(merges[-1], first['params'], devices, check=stop.check)
       task.report(stages[-1], before, after, workdir)
     return result
 
@@ -274,8 +280,8 @@ def averaged(state: Mapping) -> dict:
   return state.get('ema', state['params'])
 
 
-def _initial_state(settings: Settings, task, stage, optimizer, mesh) -> dict:
-  """The state before the first step, whole on every device."""
+def _initial_state(settings: Settings, task, stage, optimizer, devices) -> dict:
+  """The state before the first step."""
 
   def make():
     # The structure is made anew inside the trace; only arrays leave it.
@@ -285,11 +291,12 @@ def _initial_state(settings: Settings, task, stage, optimizer, mesh) -> dict:
       state['ema'] = jax.tree.map(lambda x: x.copy(), params)
     return state
 
-  state = jax.jit(make, out_shardings=mesh.replicated)()
+  shardings = devices.shardings(jax.eval_shape(make))
+  state = jax.jit(make, out_shardings=shardings)()
   for name, array in task.pretrained().items():
     for part in {'params', 'ema'} & state.keys():
       old = state[part][name]
-      state[part][name] = mesh.copy(np.asarray(array, old.dtype))
+      state[part][name] = devices.copy(np.asarray(array, old.dtype), old)
   return state
 
 

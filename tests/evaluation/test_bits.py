@@ -20,6 +20,19 @@ def logits_fn(tokens):
   return jnp.tanh(seen) @ head
 
 
+def losses_of(logits):
+  """What `bits_per_character` asks for, from a function to logits."""
+
+  def losses_fn(inputs, targets):
+    log_p = jax.nn.log_softmax(logits(inputs))
+    return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+
+  return losses_fn
+
+
+losses_fn = losses_of(logits_fn)
+
+
 def text(n, seed=0):
   return np.random.default_rng(seed).integers(0, VOCABULARY, n).astype(np.uint8)
 
@@ -57,7 +70,12 @@ def test_equal_to_scoring_each_character_alone_with_the_same_context():
       log_p = jax.nn.log_softmax(logits_fn(context)[0, -1])
       total -= float(log_p[tokens[position]]) / np.log(2)
   result = bits_per_character(
-    logits_fn, tokens, length=length, stride=stride, batch_size=3
+    losses_fn,
+    tokens,
+    vocab_size=VOCABULARY,
+    length=length,
+    stride=stride,
+    batch_size=3,
   )
   assert result.characters == tokens.size
   assert result.bits_per_character == pytest.approx(
@@ -69,7 +87,12 @@ def test_same_for_any_batch_size():
   tokens = text(333)
   results = [
     bits_per_character(
-      logits_fn, tokens, length=32, stride=8, batch_size=b
+      losses_fn,
+      tokens,
+      vocab_size=VOCABULARY,
+      length=32,
+      stride=8,
+      batch_size=b,
     ).bits_per_character
     for b in (1, 2, 7, 64)
   ]
@@ -84,12 +107,22 @@ def test_shapes_never_change_and_padding_is_never_scored():
     return logits_fn(tokens)
 
   short = bits_per_character(
-    counting, text(90), length=16, stride=8, batch_size=4
+    losses_of(counting),
+    text(90),
+    vocab_size=VOCABULARY,
+    length=16,
+    stride=8,
+    batch_size=4,
   )
   assert shapes == {(4, 16)}
   # More characters after a text never change the bits of those before.
   longer = bits_per_character(
-    counting, text(90)[:89], length=16, stride=8, batch_size=4
+    losses_of(counting),
+    text(90)[:89],
+    vocab_size=VOCABULARY,
+    length=16,
+    stride=8,
+    batch_size=4,
   )
   start, _, _ = list(windows(90, 16, 8))[-1]
   last = jax.nn.log_softmax(
@@ -101,8 +134,9 @@ def test_shapes_never_change_and_padding_is_never_scored():
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary():
   result = bits_per_character(
-    lambda t: jnp.zeros((*t.shape, 8)),
+    losses_of(lambda t: jnp.zeros((*t.shape, 8))),
     np.zeros(50, np.int32),
+    vocab_size=8,
     length=8,
     stride=3,
     batch_size=2,
@@ -113,7 +147,7 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary():
 
 def test_one_character():
   result = bits_per_character(
-    logits_fn, text(1), length=4, stride=2, batch_size=2
+    losses_fn, text(1), vocab_size=VOCABULARY, length=4, stride=2, batch_size=2
   )
   assert result.bits_per_character == pytest.approx(np.log2(VOCABULARY))
   assert result.characters == 1
@@ -128,7 +162,13 @@ def test_progress_sees_every_batch():
       yield batch
 
   bits_per_character(
-    logits_fn, text(60), length=8, stride=8, batch_size=2, progress=progress
+    losses_fn,
+    text(60),
+    vocab_size=VOCABULARY,
+    length=8,
+    stride=8,
+    batch_size=2,
+    progress=progress,
   )
   assert len(seen) == 4
 
@@ -144,6 +184,9 @@ def test_progress_sees_every_batch():
   ],
 )
 def test_bad_input(kwargs, message):
-  kwargs = dict(tokens=text(20), length=8, stride=4, batch_size=2) | kwargs
+  kwargs = (
+    dict(tokens=text(20), vocab_size=8, length=8, stride=4, batch_size=2)
+    | kwargs
+  )
   with pytest.raises(ValueError, match=message):
-    bits_per_character(logits_fn, **kwargs)
+    bits_per_character(losses_fn, **kwargs)

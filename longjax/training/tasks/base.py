@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from longjax.training.devices import Place
 from longjax.training.forward import Apply
 from longjax.training.settings import Settings
 from longjax.training.stages import Stage
@@ -26,6 +27,10 @@ class Task:
       that matters.
     curves: names of the figures that loss.png shows.
     unit: what its tokens are called in the metrics.
+    sequences: names of the arrays of a batch, then a dictionary, that may be
+      split along their second axis, too, over devices; empty for a task that
+      splits rows only.
+    place: what of every batch this process loads; set by the loop.
     title: of pictures; the data's name.
     description: a line on the data.
   """
@@ -34,6 +39,8 @@ class Task:
   scores: tuple[str, ...] = ('loss',)
   curves: tuple[str, ...] = ('loss',)
   unit: str = 'tokens'
+  sequences: tuple[str, ...] = ()
+  place: Place = Place()
   title: str
   description: str
 
@@ -76,6 +83,13 @@ class Task:
       and `epoch`, how many times the data have been gone through.
     """
     raise NotImplementedError
+
+  def lengths(self) -> dict[str, int]:
+    """Of all sequences that may be split, by the setting that says it."""
+    return {
+      f'stage {number} length': stage['length']
+      for number, stage in enumerate(self.settings.stages)
+    }
 
   def loss(self, model: nnx.Module, batch, dropout_key) -> tuple:
     """(mean loss, weight) of a batch or of a part of one.

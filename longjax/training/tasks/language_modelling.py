@@ -14,7 +14,7 @@ from longjax import data, evaluation
 from longjax.models import DecoderLM
 from longjax.training import settings as settings_lib
 from longjax.training.forward import Apply
-from longjax.training.loss import next_token_losses
+from longjax.training.loss import target_losses
 from longjax.training.metrics import track
 from longjax.training.stages import Stage
 from longjax.training.tasks.base import Task
@@ -33,6 +33,7 @@ class Data:
     vocab: 'bytes', 'compact' or what else the data set offers; '' for its own.
     data_dir: where prepared data sets are kept; '' for the default.
     loader: 'grain', or 'numpy' where grain is not installed.
+    min_document_bytes: leave shorter files out, of python_source or a folder.
   """
 
   name: str = 'python_source'
@@ -40,12 +41,13 @@ class Data:
   vocab: str = ''
   data_dir: str = ''
   loader: str = 'grain'
+  min_document_bytes: int = 0
 
   def load(self) -> data.Corpus:
     """The text."""
     optional = {
       name: getattr(self, name)
-      for name in ('path', 'vocab', 'data_dir')
+      for name in ('path', 'vocab', 'data_dir', 'min_document_bytes')
       if getattr(self, name)
     }
     return data.load(self.name, **optional)
@@ -128,6 +130,7 @@ class LanguageModelling(Task):
   scores = ('bits_per_character',)
   curves = ('bits_per_character',)
   unit = 'characters'
+  sequences = ('tokens', 'targets')
 
   def __init__(self, settings: Settings, workdir=None):
     super().__init__(settings, workdir)
@@ -152,24 +155,35 @@ class LanguageModelling(Task):
     )
 
   def make_batches(self, stage: Stage, number: int) -> data.Batches:
-    """Batches of {'tokens': int32 [rows, length + 1]}."""
-    return data.Batches(
+    """Batches of 'tokens' and 'targets', int32 [rows, length] each."""
+    row, rows, part, parts = self.place
+    batches = data.Batches(
       self.corpus.train,
       stage.length,
       stage.batch_size,
       seed=self.settings.seed + number,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=row,
+      process_count=rows,
+      part=part,
+      parts=parts,
       loader=self.settings.data.loader,
     )
+    return _WithTargets(batches)
+
+  def lengths(self) -> dict[str, int]:
+    return super().lengths() | {
+      'config.evaluation.length': self.settings.evaluation.length
+    }
 
   def loss(self, model: nnx.Module, batch: Mapping, dropout_key):
     """Mean negative log-likelihood in nats; all parts weigh the same."""
-    losses = next_token_losses(model, batch['tokens'], dropout_key=dropout_key)
+    losses = target_losses(
+      model, batch['tokens'], batch['targets'], dropout_key=dropout_key
+    )
     return losses.mean(), None
 
   def tokens(self, batch: Mapping) -> int:
-    return batch['tokens'][:, 1:].size
+    return batch['targets'].size
 
   def metrics(self, loss: float) -> dict[str, float]:
     return {'bits_per_character': loss / math.log(2)}
@@ -183,8 +197,9 @@ class LanguageModelling(Task):
     """Bits per character of a text; see `longjax.evaluation`."""
     protocol = self.settings.evaluation
     return evaluation.bits_per_character(
-      apply(_logits),
+      apply(target_losses, sequences=True),
       tokens,
+      vocab_size=self.corpus.vocab_size,
       length=protocol.length,
       stride=protocol.stride,
       batch_size=protocol.batch_size,
@@ -245,5 +260,20 @@ class LanguageModelling(Task):
     return wanted.prompt.encode(), self.corpus.decode(tokens)
 
 
-def _logits(model, tokens):
-  return model(tokens)
+class _WithTargets:
+  """`data.Batches` as {'tokens', 'targets'}, which may be split alike."""
+
+  def __init__(self, batches: data.Batches):
+    self._batches = batches
+    self.get_state, self.set_state = batches.get_state, batches.set_state
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    tokens = next(self._batches)['tokens']
+    return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:]}
+
+  @property
+  def epoch(self) -> int:
+    return self._batches.epoch
