@@ -1,19 +1,23 @@
 """Papers and their summaries, and which of them to learn from.
 
 Either the catalogue's `scientific_papers` (arXiv and PubMed, 2018), through
-tensorflow-datasets, or a local file of JSON lines whose keys `Fields` names. A
+tensorflow-datasets, or a local file of JSON lines whose keys `Fields` names; or
+Python's own modules with their docstrings, which are on every machine. A
 `Source` goes through the papers of all splits as often as asked, one paper in
 memory at a time.
 """
 
+import ast
 import dataclasses
 import hashlib
 import pathlib
+import platform
 import re
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from longjax.data import jsonl, optional
+from longjax.data import jsonl, optional, python_source
 from longjax.data.splits import NAMES
 
 CATALOGUE = ('arxiv', 'pubmed')
@@ -140,6 +144,45 @@ def catalogue(name: str, data_dir=None) -> Source:
   return Source(
     f'{name}: the full set, its official splits',
     {'name': name, 'version': str(builder.version)},
+    papers,
+  )
+
+
+def python_modules(held_out: tuple[float, float]) -> Source:
+  """The standard library's modules; a summary is a module's docstring.
+
+  No papers, but on every machine: for trying things out.
+
+  Args:
+    held_out: as of `local`.
+  """
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  files = python_source.paths(root)
+  digest = hashlib.sha256()
+  for path in files:
+    digest.update(path.read_bytes())
+
+  def papers():
+    for path in files:
+      text = path.read_text(encoding='utf-8')
+      module = ast.parse(text)
+      summary = ast.get_docstring(module)
+      if summary is None:
+        continue
+      lines, node = text.splitlines(), module.body[0]
+      del lines[node.lineno - 1 : node.end_lineno]
+      name = path.relative_to(root).as_posix()
+      article = '\n'.join(lines).strip()
+      yield (
+        split_of(name, held_out),
+        Paper(name, article, summary.strip(), summary),
+      )
+
+  version = f'{platform.python_implementation()} {platform.python_version()}'
+  return Source(
+    f"modules of {version}'s standard library and their docstrings "
+    f'(sha256 {digest.hexdigest()[:16]}), split by the hash of ids',
+    {'sha256': digest.hexdigest(), 'held_out': list(held_out)},
     papers,
   )
 

@@ -159,7 +159,7 @@ def draw(
   """
   from matplotlib import figure
 
-  canvas = figure.Figure(figsize=(11, 3.8), layout='constrained')
+  canvas = figure.Figure(figsize=(11, 4.1), layout='constrained')
   canvas.suptitle(title)
   for axes, kind in zip(canvas.subplots(1, 3), KINDS[:3], strict=True):
     for number, (label, points) in enumerate(curves.items()):
@@ -177,5 +177,11 @@ def draw(
     axes.set_ylim(bottom=0)
     axes.set(xlabel='input tokens read', ylabel=kind.replace('rouge', 'ROUGE-'))
     axes.grid(alpha=0.3)
-  axes.legend(fontsize='small')
+  handles = axes.get_legend_handles_labels()
+  canvas.legend(
+    *handles,
+    loc='outside lower center',
+    ncols=len(handles[0]),
+    fontsize='small',
+  )
   canvas.savefig(path, dpi=130)

@@ -215,16 +215,20 @@ def _draw(name: str, result: Mapping, path: pathlib.Path) -> None:
 
 def table(results: Mapping[str, Mapping]) -> str:
   """What `report` returns as lines for a person to read."""
-  lines = []
+  lines, width = [], len(ANOTHER) + len(', 16,384 tokens')
   for name, result in results.items():
     lines.append(f'{name}, {result["papers"]} papers: {result["description"]}')
-    lines.append(f'  {"":34}{"loss":>7}' + ''.join(f'{k:>22}' for k in _SHOWN))
+    lines.append(
+      f'  {"":{width}}{"loss":>7}' + ''.join(f'{k:>22}' for k in _SHOWN)
+    )
     for row in result['systems']:
       tokens = row['input_tokens']
       length = f', {tokens:,} tokens' if tokens else ''
       loss = '' if row['loss'] is None else f'{row["loss"]:.3f}'
       scores = (f'{rouge.Interval(**row[k])!s:>22}' for k in _SHOWN)
-      lines.append(f'  {row["system"] + length:34}{loss:>7}' + ''.join(scores))
+      lines.append(
+        f'  {row["system"] + length:{width}}{loss:>7}' + ''.join(scores)
+      )
   return '\n'.join(lines)
 
 

@@ -179,6 +179,16 @@ def test_the_catalogue_as_tensorflow_datasets_keeps_it(tmp_path, monkeypatch):
   assert {paper.summary for _, paper in found} == {'s'}
 
 
+def test_python_modules():
+  source = papers.python_modules((0.1, 0.1))
+  found = {paper.id: paper for _, paper in source.papers()}
+  assert len(found) > 100
+  paper = found['textwrap.py']
+  assert paper.summary == 'Text wrapping and filling.'
+  assert 'def dedent(' in paper.article
+  assert paper.summary not in paper.article
+
+
 def test_real_papers(shared_data):
   """902 have a body, an abstract and a summary; 142 give theirs away."""
   path = shared_data / 'summarization' / 'scisummnet_acl.jsonl.xz'

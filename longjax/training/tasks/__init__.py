@@ -9,6 +9,7 @@ DEFAULT = 'language_modelling'
 TASKS = {
   'language_modelling': 'LanguageModelling',
   'masked_lm': 'MaskedLM',
+  'summarization': 'Summarization',
 }
 
 
