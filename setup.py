@@ -29,6 +29,10 @@ INTEROP = [
   'tokenizers>=0.20',
 ]
 
+# Studies of many trials: samplers, pruning and storages that machines share.
+# From SQLAlchemy 2.1 on postgresql://... means psycopg, which PostgreSQL needs.
+SWEEPS = ['optuna>=5.0', 'psycopg[binary]>=3.2', 'sqlalchemy>=2.1']
+
 EVALUATION = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 
 # What tools/notebooks.py runs notebooks with, and tests too; to look at them
@@ -72,10 +76,12 @@ setup(
     # Pretrained models' weights and tokenizers, and what is measured of them.
     'interop': [*INTEROP, *EVALUATION],
     'notebooks': NOTEBOOKS,
+    'sweeps': SWEEPS,
     'test': [
       *INTEROP,
       *EVALUATION,
       *NOTEBOOKS,
+      *SWEEPS,
       'beartype',
       'build',
       'flatbuffers',
