@@ -272,6 +272,51 @@ def run_local(config: ml_collections.ConfigDict, *, stages) -> None:
   )
 
 
+def summaries_run_local(config: ml_collections.ConfigDict) -> None:
+  """Shrinks a run of summarization to a minute or two on two CPU cores."""
+  config.data.update(name='python_modules', vocab_size=1024, buckets=(256,))
+  config.model = dict(
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    features=64,
+    num_encoder_heads=4,
+    num_decoder_heads=4,
+    max_positions=1024,
+    max_target_positions=64,
+    max_globals=1,
+  )
+  config.stages = tuple(
+    dict(
+      length=length,
+      batch_size=8,
+      steps=steps,
+      learning_rate=4e-3,
+      warmup_steps=10,
+      windows=32,
+      **keys,
+    )
+    for length, steps, keys in (
+      (128, 120, dict(objective='opening', target_length=40)),
+      (1024, 40, dict(schedule='linear')),
+    )
+  )
+  config.target_length = 64
+  config.optimizer.update(name='muon', weight_decay=0.01, clip_norm=1.0)
+  config.evaluation.update(
+    lengths=(256, 1024),
+    batch_size=8,
+    num_beams=2,
+    max_length=40,
+    min_length=0,
+    every=80,
+    validation_papers=8,
+    test_papers=16,
+  )
+  config.log_every = 10
+  config.checkpoint_every = 50
+  config.tensorboard = False
+
+
 VARIANTS = (
   'vanilla',
   'window only',

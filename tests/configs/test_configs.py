@@ -13,6 +13,7 @@ from longjax import training
 from longjax.models import DecoderLM
 from longjax.training.settings import make_settings
 from longjax.training.stages import make_stages
+from longjax.training.tasks.summarization_settings import led_keywords
 from tests.training.helpers import write_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -46,6 +47,11 @@ MEASURED = {
   'lm_infinite_stories': ('', 'stream', 'runlocal', 'stream,runlocal'),
   'text8_rope_lm_infinite': ('measure', 'measure,runlocal'),
 }
+# Of encoder-decoders that summarize papers.
+SUMMARIES = {
+  'arxiv_led': ('', 'large4k', 'base', 'runlocal', 'base,runlocal'),
+  'scisummnet_led': ('', 'folder=papers', 'runlocal', 'runlocal,folder=papers'),
+}
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
 
@@ -55,7 +61,11 @@ def get_config(name, arg=''):
 
 def test_no_config_is_left_out():
   files = {p.stem for p in (ROOT / 'configs').glob('*.py')}
-  assert files - {'__init__', 'common'} == {*ARGUMENTS, *MEASURED}
+  assert files - {'__init__', 'common'} == {
+    *ARGUMENTS,
+    *MEASURED,
+    *SUMMARIES,
+  }
 
 
 @pytest.mark.parametrize(('name', 'arg'), ALL)
@@ -73,7 +83,7 @@ def test_loads_with_its_patterns(name, arg):
   assert settings.evaluation.stride <= settings.evaluation.length
 
 
-@pytest.mark.parametrize('name', [*ARGUMENTS, *MEASURED])
+@pytest.mark.parametrize('name', [*ARGUMENTS, *MEASURED, *SUMMARIES])
 def test_docstring_has_the_command_and_whether_it_was_run(name):
   text = importlib.import_module(f'configs.{name}').__doc__
   assert f'--config=configs/{name}.py' in text
@@ -94,6 +104,45 @@ def test_measurements(name, arg):
   asked = config.loss_by_position.length, config.streaming.length
   assert any(asked) and (not asked[0] or asked[0] > model.trained_length)
   assert len(config.passkey.lengths) and len(config.passkey.depths)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg'), [(n, arg) for n, args in SUMMARIES.items() for arg in args]
+)
+def test_summaries(name, arg):
+  """Sizes fit each other; a model comes from nothing or from a folder."""
+  config = get_config(name, arg)
+  assert config.is_locked and config.task == 'summarization'
+  settings = make_settings(config)
+  stages = make_stages(settings.stages)
+  evaluation = settings.evaluation
+  assert max(evaluation.lengths) <= stages[-1].length
+  assert evaluation.min_length < evaluation.max_length
+  if 'num_encoder_layers' not in settings.model:
+    assert stages[0].windows is None  # the folder's
+    return
+  led_keywords(settings)
+  positions = settings.model['max_positions']
+  assert max(s.length for s in stages) == positions
+  assert settings.target_length <= settings.model['max_target_positions']
+  for stage in stages:
+    layers = stage.layer_patterns('sliding_window', 2, causal=False)
+    assert all(p.left == p.right == stage.windows for p in layers)
+  if 'folder' in arg:
+    assert settings.data.fields.summary == 'human_summary'
+    assert [t['name'] for t in settings.data.tests] == ['arxiv', 'unarxive']
+  else:
+    assert settings.data.name == (
+      'python_modules' if 'run' in arg else 'papers'
+    )
+
+
+def test_the_paper_of_leds_batches():
+  (stage,) = make_stages(get_config('arxiv_led').stages)
+  assert (stage.length, stage.batch_size) == (16384, 16)
+  assert stage.steps == 63_449  # five epochs
+  with pytest.raises(ValueError, match='of large16k, large4k and base only'):
+    get_config('arxiv_led', 'base,large4k')
 
 
 @pytest.mark.parametrize('name', ARGUMENTS)
