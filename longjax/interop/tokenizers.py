@@ -98,6 +98,11 @@ class JSONTokenizer:
     found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in found]
 
+  def encode_offsets(self, text: str) -> tuple[list[int], list[tuple]]:
+    """Plain tokens of a text, and where each stands: (first, past the last)."""
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
   def digest(self) -> str:
     """Of all that it is made of; tells it from other tokenizers."""
     return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()

@@ -127,7 +127,7 @@ def make_settings(config: Mapping) -> Settings:
 
 def default_settings(task: str = tasks.DEFAULT) -> Settings:
   """The settings of a task, all of them at their defaults."""
-  return tasks.find(task).Settings()
+  return dataclasses.replace(tasks.find(task).Settings(), task=task)
 
 
 def nearest(key: str, known) -> str:

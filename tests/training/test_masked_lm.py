@@ -19,6 +19,8 @@ from longjax.training.tasks import make_task
 from longjax.training.tasks.masked_lm import masked_losses
 from tests.training.helpers import write_text
 
+pytestmark = pytest.mark.usefixtures('compile_once')
+
 MODEL = dict(
   num_layers=2,
   features=16,
@@ -125,10 +127,10 @@ def test_from_a_pretrained_folder(text, tmp_path):
   short = tmp_path / 'short'
   config = tiny(text)
   config['data'] |= dict(tokenizer='train', vocab_size=280)
-  training.train_and_evaluate(config, tmp_path / 'run')
-  trained = training.load(config, tmp_path / 'run')
-  model = trained.model
-  tokens = trained.task.encode(trained.task.corpus.test[:100])
+  task = make_task(make_settings(config), tmp_path / 'run')
+  (stage,) = make_stages(config['stages'])
+  model = task.make_model(stage, nnx.Rngs(1))
+  tokens = task.encode(task.corpus.test[:100])
   assert model.vocab_size == 280 and len(tokens) < 90
   interop.save_pretrained(model, short, interop.config_of_longformer(model))
   (tmp_path / 'run' / 'tokenizer' / 'tokenizer.json').rename(

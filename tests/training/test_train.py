@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from orbax import checkpoint as orbax
 
 import longjax
@@ -25,27 +24,7 @@ FULL = dict(
   keep_checkpoints=9,
 )
 
-CACHE = {
-  'jax_compilation_cache_dir': None,
-  'jax_persistent_cache_min_compile_time_secs': 0.0,
-  'jax_persistent_cache_min_entry_size_bytes': -1,
-}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-  """The runs here compile the same few programs again and again."""
-  before = {name: getattr(jax.config, name) for name in CACHE}
-  for name, value in CACHE.items():
-    jax.config.update(name, value)
-  jax.config.update(
-    'jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache'))
-  )
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures('compile_once')
 
 
 @pytest.fixture(scope='module')

@@ -8,8 +8,12 @@ import importlib
 DEFAULT = 'language_modelling'
 TASKS = {
   'language_modelling': 'LanguageModelling',
-  'masked_lm': 'MaskedLM',
   'summarization': 'Summarization',
+  'masked_lm': 'MaskedLM',
+  'sequence_classification': 'SequenceClassification',
+  'token_classification': 'TokenClassification',
+  'question_answering': 'QuestionAnswering',
+  'multiple_choice': 'MultipleChoice',
 }
 
 

@@ -105,6 +105,11 @@ class EncoderTask(Task):
           'config.pretrained'
         )
 
+  @property
+  def max_globals(self) -> int:
+    """The most global tokens in a row; 0 for a model that has none."""
+    return self._keywords.get('max_globals', 64)
+
   def make_model(
     self, stage: Stage, rngs: nnx.Rngs, patterns=None
   ) -> nnx.Module:

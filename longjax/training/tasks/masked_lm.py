@@ -18,8 +18,10 @@ from jax.scipy.special import logsumexp
 
 from longjax.data import bpe
 from longjax.data.masking import MaskedBatches, Masking, evaluation_batches
+from longjax.nn.memory import in_pieces
 from longjax.training import settings as settings_lib
 from longjax.training.forward import Apply
+from longjax.training.loss import LOGITS
 from longjax.training.metrics import track
 from longjax.training.stages import Stage
 from longjax.training.tasks import encoders, language_modelling
@@ -68,7 +70,6 @@ class Evaluation(settings_lib.Evaluation):
 class Settings(encoders.Settings):
   """A run of masked language modelling; see the classes above."""
 
-  task: str = 'masked_lm'
   data: Data = dataclasses.field(default_factory=Data)
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
 
@@ -150,8 +151,8 @@ class MaskedLM(encoders.EncoderTask):
       stage.batch_size,
       self._masking,
       seed=self.settings.seed + number,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=self.place.row,
+      process_count=self.place.rows,
       loader=self.settings.data.loader,
     )
 
@@ -237,7 +238,7 @@ class MaskedLM(encoders.EncoderTask):
 def masked_losses(model, tokens, places, targets, dropout_key=None):
   """Negative log-likelihood of what was masked, in nats.
 
-  Only the masked places are read out.
+  Only the masked places are read out, some at a time where they are many.
 
   Args:
     model: a `Longformer` with the head 'masked_lm'.
@@ -251,9 +252,14 @@ def masked_losses(model, tokens, places, targets, dropout_key=None):
   """
   hidden = model.encode(tokens, dropout_key=dropout_key)
   hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
-  logits = model.head(hidden, None, model.embedding.embedding[...])
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return logsumexp(logits, axis=-1) - chosen
+  size = max(1, LOGITS // (model.vocab_size * len(tokens)))
+
+  def losses(hidden, targets):
+    logits = model.head(hidden, None, model.embedding.embedding[...])
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return logsumexp(logits, axis=-1) - chosen
+
+  return in_pieces(losses, size, hidden, targets)
 
 
 def _pieces(text: bytes):
