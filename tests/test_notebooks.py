@@ -86,6 +86,20 @@ def test_problems_are_found(bad, problem):
   assert problem in found
 
 
+def test_texts_change_without_a_run(tmp_path):
+  source = tmp_path / 'a.py'
+  source.write_text('# %% [markdown]\n# Old\n\n# %%\n1\n')
+  made = notebooks.read(source)
+  made.cells[1].outputs = [v4.new_output('stream', text='1')]
+  source.write_text('# %% [markdown]\n# New\n\n# %%\n1\n')
+  changed = notebooks.with_outputs_of(made, source)
+  assert changed.cells[0].source == 'New'
+  assert changed.cells[1].outputs == made.cells[1].outputs
+  source.write_text('# %%\n2\n')
+  with pytest.raises(ValueError, match='a has other code than when it ran'):
+    notebooks.with_outputs_of(made, source)
+
+
 def test_a_cell_that_fails_is_shown(tmp_path):
   source = tmp_path / 'broken.py'
   source.write_text('# %% [markdown]\n# A text\n\n# %%\nprint(1 / 0)\n')

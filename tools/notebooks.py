@@ -3,6 +3,7 @@
   python tools/notebooks.py                  all of notebooks/, as committed
   python tools/notebooks.py 01_patterns
   python tools/notebooks.py --smoke --out=FOLDER 01_patterns
+  python tools/notebooks.py --text 01_patterns    texts only, nothing is run
 
 A source is a script in cells (`# %%`, the "percent format" of jupytext); the
 .ipynb beside it holds the same cells with what they printed and drew, and is
@@ -97,11 +98,35 @@ def execute(source: pathlib.Path, *, smoke: bool) -> nbformat.NotebookNode:
   return notebook
 
 
+def with_outputs_of(
+  made: nbformat.NotebookNode, source: pathlib.Path
+) -> nbformat.NotebookNode:
+  """The notebook of a source of which only texts have changed since it ran.
+
+  Raises:
+    ValueError: cells of code have changed too.
+  """
+  notebook = read(source)
+  new, old = (
+    [cell for cell in book.cells if cell.cell_type == 'code']
+    for book in (notebook, made)
+  )
+  if [cell.source for cell in new] != [cell.source for cell in old]:
+    raise ValueError(f'{source.stem} has other code than when it ran: run it')
+  for cell, ran in zip(new, old, strict=True):
+    cell.outputs, cell.execution_count = ran.outputs, None
+  return notebook
+
+
 def _smaller(png: str) -> str:
-  """A picture in a palette of 128 colours: plots have no more."""
+  """A picture in a palette of 256 colours: plots have hardly more."""
   image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
   file = io.BytesIO()
-  image.quantize(128, dither=Image.Dither.NONE).save(file, 'png', optimize=True)
+  # Of the methods this one keeps the colours of thin lines.
+  palette = image.quantize(
+    256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+  )
+  palette.save(file, 'png', optimize=True)
   return base64.b64encode(file.getvalue()).decode()
 
 
@@ -139,6 +164,9 @@ def main(argv=None) -> int:
   )
   parser.add_argument('names', nargs='*', metavar='NAME', help='all by default')
   parser.add_argument('--smoke', action='store_true', help='small, as in tests')
+  parser.add_argument(
+    '--text', action='store_true', help='keep outputs, where only texts changed'
+  )
   parser.add_argument('--out', type=pathlib.Path, default=FOLDER)
   args = parser.parse_args(argv)
   known = {source.stem: source for source in sources()}
@@ -152,8 +180,12 @@ def main(argv=None) -> int:
   for name in args.names or known:
     started = time.perf_counter()
     try:
-      notebook = execute(known[name], smoke=args.smoke)
-    except nbclient.exceptions.CellExecutionError as error:
+      if args.text:
+        made = nbformat.read(args.out / f'{name}.ipynb', as_version=4)
+        notebook = with_outputs_of(made, known[name])
+      else:
+        notebook = execute(known[name], smoke=args.smoke)
+    except (nbclient.exceptions.CellExecutionError, ValueError) as error:
       print(f'{name}: {error}', file=sys.stderr)
       failed += 1
       continue
