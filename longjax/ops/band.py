@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from longjax.ops import tile as tiles
 from longjax.ops.stored import Stored, Transposed, flat, unflat
 from longjax.ops.tile import Columns, Config, KeyMajor, RowMajor, Rows, Walk
+from longjax.ops.varying import full_like
 
 
 class Operands(NamedTuple):
@@ -40,7 +41,7 @@ def forward(
   """(out, lse) in float32; rows that see nothing get 0 and -inf."""
   num_rows = x.q.shape[4]
   x, rows = _pad(config, x, rows)
-  arrays = _store(x)
+  arrays, full = _store(x), full_like(x, rows, columns, walk)
 
   def one_block(_, i):
     queries = _query_block(config, arrays, rows, i)
@@ -71,9 +72,9 @@ def forward(
       accumulator = _accumulator(x.q)
       shape = queries.q.shape[:-1]
       return (
-        jnp.full(shape, -jnp.inf, accumulator),
-        jnp.zeros(shape, accumulator),
-        jnp.zeros((*shape, x.v.shape[-1]), accumulator),
+        full(shape, -jnp.inf, accumulator),
+        full(shape, 0, accumulator),
+        full((*shape, x.v.shape[-1]), 0, accumulator),
       )
 
     largest, total, out = _walk_chunks(
@@ -119,12 +120,13 @@ def backward(
   lse = jnp.where(lse == -jnp.inf, 0.0, lse)
   lse, delta, dout = (_pad_rows(config, y, 4) for y in (lse, delta, dout))
   x, rows = _pad(config, x, rows)
+  full = full_like(x, rows, columns, walk, lse, delta, dout)
   arrays, dout = _store(x), Stored(dout, 4)
   if x.table is not None:
     num_table = x.table.shape[2] - 2 * _table_margin(config)
 
   def zeros(y):
-    return None if y is None else jnp.zeros(y.shape, dtype)
+    return None if y is None else full(y.shape, 0, dtype)
 
   def one_block(sums, i):
     queries = _query_block(config, arrays, rows, i)

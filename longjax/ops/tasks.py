@@ -23,6 +23,7 @@ from longjax.ops.encode import (
   told,
 )
 from longjax.ops.merge import merge
+from longjax.ops.varying import alike
 from longjax.patterns import Branch
 from longjax.patterns.base import FURTHEST
 from longjax.positions import ALiBi, TransformerXL, XPos
@@ -97,9 +98,12 @@ class _Task:
 
     def run(encoded, auxiliary, lse, delta, dout):
       plan = self.plan(auxiliary)
-      x, pull = jax.vjp(
-        functools.partial(self.operands, plan, auxiliary), encoded, position
-      )
+
+      def operands(encoded, position):
+        x = self.operands(plan, auxiliary, encoded, position)
+        return alike(x, plan.rows, plan.columns, plan.walk, lse, delta, dout)
+
+      x, pull = jax.vjp(operands, encoded, position)
       d = band.backward(
         plan.config,
         x,

@@ -216,6 +216,47 @@ def test_equals_one_device(name, devices):
     np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('pattern', 'position'),
+  [
+    (longjax.SlidingWindow(300), longjax.ALiBi()),
+    pytest.param(
+      longjax.Dilated((512, 2048), (1, 2)),
+      longjax.RoPE(),
+      marks=pytest.mark.full,
+    ),
+    pytest.param(longjax.Full(), longjax.RoPE(), marks=pytest.mark.full),
+  ],
+  ids=str,
+)
+def test_many_blocks_on_a_mesh_of_two_axes(pattern, position):
+  """Loops over blocks, which JAX wants typed; batch rows are split as well."""
+  qkv = jax.random.normal(jax.random.key(0), (3, 2, 2048, 1, 4))
+  weights = jax.random.normal(jax.random.key(1), (2, 2048, 1, 4))
+
+  def attend(q, k, v):
+    return sharded_attention(
+      q, k, v, pattern, axis_name='seq', position=position, return_lse=True
+    )
+
+  rows = P('data', 'seq')
+  run = jax.shard_map(
+    attend,
+    mesh=make_mesh({'data': 2, 'seq': 4}),
+    in_specs=rows,
+    out_specs=rows,
+  )
+  got, wanted = (
+    value_and_gradients(call, tuple(qkv), weights, None)
+    for call in (
+      lambda q, k, v, _: run(q, k, v),
+      lambda q, k, v, _: alone(pattern)(q, k, v, position),
+    )
+  )
+  for x, y in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('length', [8, 60])
 def test_shards_of_odd_length(length):
   """No zig-zag there, and shards of one row."""
