@@ -8,6 +8,11 @@
   python -m experiments.main --config=configs/lm_infinite_stories.py \
     --workdir=runs/stories --mode=measure
 
+  python -m experiments.main --config=... --workdir=... --distributed
+
+The last one is said by each of many processes; README tells how they are
+launched.
+
 A setting is changed by its name, --config.evaluation.stride=256, also within a
 stage, --config.stages[0].steps=100. Run again with the same --workdir, training
 goes on from the newest checkpoint. Results go to stdout, progress to stderr.
@@ -23,11 +28,13 @@ import contextlib
 import json
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import cli, measure, stamp
 from longjax import training
+from longjax.training import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'File of the config, with its argument after a colon.'
@@ -42,6 +49,20 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string('prompt', None, 'Text that a sample continues.')
 _PROFILE = flags.DEFINE_bool(
   'profile', False, 'Write a profiler trace of a few steps of training.'
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One of many processes, as SLURM, Open MPI, Kubernetes or a TPU pod says.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, where nobody says.'
+)
+_PROCESSES = flags.DEFINE_integer(
+  'processes', 0, 'How many processes there are, where nobody says.'
+)
+_PROCESS = flags.DEFINE_integer(
+  'process', -1, 'Which of them this is, from 0, where nobody says.'
 )
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
@@ -63,13 +84,29 @@ def main(argv):
     # orbax logs every file it opens, and again each error that it raises.
     logging.set_verbosity(logging.FATAL)
   config, workdir = _CONFIG.value, _WORKDIR.value
+  if not _DISTRIBUTED.value:
+    for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
+      if flag.present:
+        raise ValueError(f'--{flag.name} is given without --distributed')
+    return run(config, workdir)
+  processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  with processes.ending_together(report):
+    processes.check_same('config', config.to_dict())
+    processes.check_same('flags', {'mode': _MODE.value})
+    run(config, workdir)
+
+
+def run(config, workdir):
+  """One process' part, which is all where there is one."""
+  is_first = jax.process_index() == 0
   if _MODE.value == 'measure':
     result = measure.measure(config, workdir)
   elif 'stages' not in config:
     raise ValueError('this config trains nothing: it is for --mode=measure')
   elif _MODE.value == 'train':
-    with contextlib.suppress(OSError):  # which training says better
-      stamp.write_start(workdir, stamp.command('experiments.main'))
+    if is_first:
+      with contextlib.suppress(OSError):  # which training says better
+        stamp.write_start(workdir, stamp.command('experiments.main'))
     result = training.train_and_evaluate(
       config, workdir, profile=_PROFILE.value
     )
@@ -81,7 +118,23 @@ def main(argv):
     prompt, continuation = training.sample(config, workdir, _CHECKPOINT.value)
     print((prompt + continuation).decode(errors='replace'))
     return
-  print(json.dumps(result, indent=2))
+  if is_first:
+    print(json.dumps(result, indent=2))
+
+
+def report(error):
+  """Says what one of many processes ends of; the exit code."""
+  if isinstance(error, training.Preempted):
+    print(error, file=sys.stderr)
+    return error.exit_code
+  where = f'process {jax.process_index()} of {jax.process_count()}'
+  text = ' '.join(str(error).split())
+  if not isinstance(error, _EXPECTED):
+    text = f'{type(error).__name__}: {text[:500]}'
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      text = f'another process may be gone ({text})'
+  print(f'error: {where}: {text}', file=sys.stderr)
+  return 1
 
 
 def _main(argv):

@@ -3,6 +3,9 @@
 import signal
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Preempted(BaseException):
   """A signal asked the run to end; its state has been saved.
@@ -24,6 +27,9 @@ class StopRequests:
   The run asks `check()` where its state is whole. A second signal acts at once,
   as if nobody listened. Outside the main thread signals cannot be caught, and
   nothing is changed.
+
+  With many processes they must all stop after the same step: SIGTERM of any is
+  noted by JAX's preemption service, and SIGINT is left alone.
   """
 
   def __init__(self):
@@ -31,7 +37,8 @@ class StopRequests:
     self._before = {}
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if main and jax.process_count() == 1:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._before[number] = signal.signal(number, self._receive)
     return self
@@ -48,7 +55,15 @@ class StopRequests:
   def __exit__(self, *error):
     self._restore()
 
-  def check(self) -> None:
-    """Raises `Preempted` if a signal has come."""
+  def check(self, step: int | None = None) -> None:
+    """Raises `Preempted` if a signal has come.
+
+    Args:
+      step: optimizer steps done, where this is said after each; with many
+        processes only then is anything raised, in all of them.
+    """
     if self._received is not None:
       raise Preempted(self._received)
+    if step is not None and jax.process_count() > 1:
+      if multihost_utils.reached_preemption_sync_point(step):
+        raise Preempted(signal.SIGTERM)

@@ -206,7 +206,7 @@ def train_and_evaluate(
             metrics.write(step, line)
             news = _news(task, line)
           progress.update(news)
-          stop.check()
+          stop.check(step)
 
           if _is_due(step, settings.evaluation.every):
             meter.settle()
@@ -268,7 +268,9 @@ def train_and_evaluate(
         workdir, workdir / 'loss.png', task.curves, title=title
       ):
         say('matplotlib is not installed: no loss.png')
-    if is_first and settings.report:
+    if settings.report and jax.process_count() > 1:
+      say('no report: one process can make it, by the same command')
+    elif settings.report:
       first = _initial_state(settings, task, stages[0], optimizer, devices)
       before = Apply(merges[-1], first['params'], devices, check=stop.check)
       task.report(stages[-1], before, after, workdir)
