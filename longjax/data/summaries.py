@@ -32,6 +32,8 @@ FIELDS = ('article', 'summary')
 EVALUATED = ('validation', 'test')
 # Papers tokenized at a time.
 _AT_A_TIME = 64
+# How often it is said how many.
+_SAID = 10_000
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
@@ -99,6 +101,7 @@ def prepare(
   vocab_size: int,
   tokenizer: str,
   needed: Sequence[str] = (),
+  say: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
   """Tokenizes a source into a folder, unless that is done already.
 
@@ -110,6 +113,7 @@ def prepare(
     vocab_size: says in which dtype tokens are kept.
     tokenizer: tells this tokenizer from others, such as a digest.
     needed: splits that must not be empty.
+    say: takes lines on how far it is.
 
   Raises:
     ValueError: papers that cannot be read; no papers left in a split that is
@@ -125,6 +129,7 @@ def prepare(
   if (folder / ABOUT).exists():
     return load(folder, identity)
   folder.mkdir(parents=True, exist_ok=True)
+  say(f'tokenizing {source.description}')
   dtype = np.min_scalar_type(vocab_size - 1)
   sieve = Sieve(opening)
   papers = dict.fromkeys(NAMES, 0)
@@ -154,6 +159,8 @@ def prepare(
         ids[name].update(f'{paper.id}\n'.encode())
         if name in texts:
           texts[name].write(json.dumps(_text(paper)) + '\n')
+        if not sum(papers.values()) % _SAID:
+          say(f'tokenized {sum(papers.values()):,} papers')
   held_back = {reason: n for reason, n in sieve.counts.items() if n}
   for name in needed:
     if not papers[name]:

@@ -177,6 +177,7 @@ class Summarization(Task):
 
     def prepare():
       if not place and not trained.exists():
+        say(f'training a byte-level BPE of {wanted.vocab_size} tokens')
         texts = summaries.training_texts(sources['test'], wanted.opening)
         bpe.train(texts, wanted.vocab_size, trained)
       self.tokenizer = interop.load_tokenizer(place or trained)
@@ -193,6 +194,7 @@ class Summarization(Task):
           vocab_size=self.tokenizer.vocab_size,
           tokenizer=self.tokenizer.digest(),
           needed=needed if name == 'test' else ('test',),
+          say=say,
         )
         for name, source in sources.items()
       }
