@@ -142,6 +142,21 @@ def to_longformer(
   )
 
 
+def copy_projections(model: Longformer) -> None:
+  """Makes the projections of global tokens copies of the others, in place.
+
+  Masked language modelling, where no token is global, trains the others only.
+  """
+  if not model.max_globals:
+    return
+  for block in model.layers:
+    for name in ('query', 'key', 'value'):
+      source = getattr(block.attention, name)
+      target = getattr(block.attention, f'global_{name}')
+      for field in ('kernel', 'bias'):
+        getattr(target, field)[...] = getattr(source, field)[...]
+
+
 def _filled(longer, model, tables):
   """The abstract model `longer` with the parameters of `model`.
 

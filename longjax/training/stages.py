@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from longjax import patterns
 from longjax.training.settings import nearest
 
-SCHEDULES = ('constant', 'cosine', 'linear')
+SCHEDULES = ('constant', 'cosine', 'linear', 'cubic')
 # Each kind of pattern, and the keys of a stage that describe it.
 PATTERNS = {
   'sliding_window': ('windows', 'dilations'),
@@ -38,8 +38,8 @@ class Stage:
     steps: optimizer steps.
     learning_rate: the peak, reached after the warm-up.
     warmup_steps: steps of linear warm-up from 0.
-    schedule: after the warm-up 'constant', or 'cosine' or 'linear' to 0 at the
-      stage's last step.
+    schedule: after the warm-up 'constant', or 'cosine', 'linear' or 'cubic'
+      (the third power of 'linear') to 0 at the stage's last step.
     windows: for 'sliding_window' the number of keys seen before self (of an
       encoder as many after it), for 'lambda' the number of keys seen with self;
       one for all layers or one for each layer, bottom to top.
@@ -201,8 +201,8 @@ def learning_rate_schedule(stages: Sequence[Stage]):
   """The learning rate as a function of the global step (0-based).
 
   Within a stage of n steps with w of warm-up, step i has the peak times
-  (i + 1) / w while i < w and then 1, (1 + cos(pi x)) / 2 or 1 - x with
-  x = (i - w) / (n - w): the first step never has rate 0.
+  (i + 1) / w while i < w and then 1, (1 + cos(pi x)) / 2, 1 - x or (1 - x)^3,
+  with x = (i - w) / (n - w): the first step never has rate 0.
   """
   starts = first_steps(stages)
 
@@ -216,6 +216,7 @@ def learning_rate_schedule(stages: Sequence[Stage]):
         'constant': 1.0,
         'cosine': 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
         'linear': 1.0 - x,
+        'cubic': (1.0 - x) ** 3,
       }[stage.schedule]
       if warm:
         factor = jnp.where(i < warm, (i + 1) / warm, factor)

@@ -36,7 +36,13 @@ ARGUMENTS = {
   'enwik8_lm_infinite': ('', 'budget', 'runlocal'),
   'demo': ('', 'runlocal'),
   'text8_rope_lm_infinite': ('', 'runlocal'),
-  'text8_windows': ('windows=fixed,seed=1', 'windows=decreasing'),
+  'text8_windows': ('windows=fixed,seed=1', 'windows=decreasing', 'sweep'),
+  'longnet_context': (
+    '',
+    'attention=dense,length=8192',
+    'attention=sparse,length=512,seed=1',
+    'runlocal',
+  ),
 }
 # Of models that are measured and not trained.
 MEASURED = {
@@ -52,6 +58,13 @@ SUMMARIES = {
   'arxiv_led': ('', 'large4k', 'base', 'runlocal', 'base,runlocal'),
   'scisummnet_led': ('', 'folder=papers', 'runlocal', 'runlocal,folder=papers'),
 }
+# Of encoders: masked language models and fine-tuning.
+ENCODERS = {
+  'text8_mlm': ('', 'pretrained=folder', 'pretrained=f,positions', 'runlocal'),
+  'longformer_mlm': ('', 'folder=folder,large', 'runlocal'),
+  'longformer_classification': ('', 'epochs=3,examples=100', 'runlocal'),
+  'longformer_qa': ('', 'length=2048', 'runlocal'),
+}
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
 
@@ -65,6 +78,7 @@ def test_no_config_is_left_out():
     *ARGUMENTS,
     *MEASURED,
     *SUMMARIES,
+    *ENCODERS,
   }
 
 
@@ -83,7 +97,7 @@ def test_loads_with_its_patterns(name, arg):
   assert settings.evaluation.stride <= settings.evaluation.length
 
 
-@pytest.mark.parametrize('name', [*ARGUMENTS, *MEASURED, *SUMMARIES])
+@pytest.mark.parametrize('name', [*ARGUMENTS, *MEASURED, *SUMMARIES, *ENCODERS])
 def test_docstring_has_the_command_and_whether_it_was_run(name):
   text = importlib.import_module(f'configs.{name}').__doc__
   assert f'--config=configs/{name}.py' in text
@@ -135,6 +149,36 @@ def test_summaries(name, arg):
     assert settings.data.name == (
       'python_modules' if 'run' in arg else 'papers'
     )
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg'), [(n, arg) for n, args in ENCODERS.items() for arg in args]
+)
+def test_encoders(name, arg):
+  """From a folder with its own patterns, or from nothing with ours."""
+  config = get_config(name, arg)
+  assert config.is_locked
+  settings = make_settings(config)
+  (stage,) = make_stages(settings.stages)
+  if 'features' not in settings.model:
+    assert settings.pattern == '' and stage.windows is None
+    return
+  for pattern in stage.layer_patterns(
+    settings.pattern, settings.model['num_layers'], causal=False
+  ):
+    assert not pattern.causal
+  assert stage.length <= settings.model['max_positions']
+
+
+def test_the_papers_pretraining_and_fine_tuning():
+  (stage,) = make_stages(get_config('longformer_mlm').stages)
+  assert (stage.length, stage.batch_size, stage.steps) == (4096, 64, 65_000)
+  (stage,) = make_stages(get_config('longformer_classification').stages)
+  assert stage.steps == 242  # 15 epochs of 516 articles
+  (stage,) = make_stages(get_config('longformer_qa').stages)
+  assert (stage.steps, stage.warmup_steps) == (17_289, 1000)
+  with pytest.raises(ValueError, match='positions goes with pretrained'):
+    get_config('text8_mlm', 'positions')
 
 
 def test_the_paper_of_leds_batches():

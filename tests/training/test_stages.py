@@ -36,13 +36,14 @@ def test_learning_rate_by_hand():
       BASE | dict(steps=4, learning_rate=1.0, warmup_steps=2),
       BASE | dict(steps=4, learning_rate=0.5, schedule='linear'),
       BASE | dict(steps=4, learning_rate=2.0, schedule='cosine'),
+      BASE | dict(steps=2, learning_rate=1.0, schedule='cubic'),
     ]
   )
   schedule = stages_lib.learning_rate_schedule(stages)
   cosine = [1 + np.cos(np.pi * x) for x in (0, 0.25, 0.5, 0.75)]
   np.testing.assert_allclose(
-    [float(schedule(step)) for step in range(12)],
-    [0.5, 1, 1, 1, 0.5, 0.375, 0.25, 0.125, *cosine],
+    [float(schedule(step)) for step in range(14)],
+    [0.5, 1, 1, 1, 0.5, 0.375, 0.25, 0.125, *cosine, 1, 0.125],
     rtol=1e-6,
   )
 
