@@ -54,12 +54,12 @@ def get_config(arg=None):
     max_positions=LENGTH,
     max_target_positions=320,
     max_globals=1,
-    dropout_rate=0.1,
   )
   config.stages = (
-    stage(256, 32, 500, 4e-3, objective='opening', target_length=128),
+    stage(256, 16, 600, 4e-3, objective='opening', target_length=128),
     stage(512, 8, 300, 2e-3, objective='opening'),
-    stage(LENGTH, 4, 360, 2e-3, schedule='linear'),
+    # Two epochs.
+    stage(LENGTH, 4, 294, 2e-3, schedule='linear'),
   )
   config.target_length = 320
   config.optimizer.update(name='muon', weight_decay=0.01, clip_norm=1.0)

@@ -51,40 +51,56 @@ class Pairs:
     return self._targets[number]
 
 
-class Openings:
-  """Pieces of texts; the target of a piece is the piece.
+class Spans:
+  """Pieces of texts; the target is a part of the piece.
 
-  Of a target that is cut off the opening is left. Pieces of a text follow each
-  other without a gap; what is left at its end, if it is short, is dropped.
+  Pieces of a text follow each other without a gap; what is left at its end, if
+  it is short, is dropped.
 
   Attributes:
     lengths: int64 [pieces], all the same.
   """
 
-  def __init__(self, texts: Ragged, length: int):
-    """`length` tokens a piece.
+  def __init__(
+    self, texts: Ragged, length: int, span: int, *, seed: int | None = None
+  ):
+    """Args:
+
+    texts: to cut into pieces.
+    length: tokens of a piece.
+    span: tokens of a target, or all where a piece has fewer.
+    seed: of where the targets begin, each at a place of its own that stays;
+      None for the pieces' openings.
 
     Raises:
-      ValueError: every text is shorter.
+      ValueError: every text is shorter than a piece.
     """
     counts = texts.lengths // length
     self._texts, self._length = texts, length
+    self._span = min(span, length)
     self._text = np.repeat(np.arange(len(texts)), counts)
     firsts = np.cumsum(counts) - counts
     self._piece = np.arange(len(self._text)) - firsts[self._text]
     self.lengths = np.full(len(self._text), length)
     if not len(self.lengths):
       raise ValueError(f'no text has {length} tokens for a piece')
+    self._first = np.zeros(len(self.lengths), np.int64)
+    if seed is not None:
+      self._first = np.random.default_rng(seed).integers(
+        length - self._span + 1, size=len(self.lengths)
+      )
 
   def source(self, number: int) -> np.ndarray:
     start = self._piece[number] * self._length
     return self._texts[self._text[number]][start : start + self._length]
 
-  target = source
+  def target(self, number: int) -> np.ndarray:
+    first = self._first[number]
+    return self.source(number)[first : first + self._span]
 
 
 def collate(
-  pairs: Pairs | Openings,
+  pairs: Pairs | Spans,
   rows: Sequence[int],
   length: int,
   target_length: int,

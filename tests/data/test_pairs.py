@@ -50,7 +50,7 @@ def test_another_papers_text(ragged):
 
 def test_openings_are_pieces_without_overlap(ragged):
   texts = ragged('s', [1, 2, 3, 4, 5], [6], [7, 8])
-  openings = lib.Openings(texts, 2)
+  openings = lib.Spans(texts, 2, 9)
   pieces = [openings.source(i).tolist() for i in range(len(openings.lengths))]
   assert pieces == [[1, 2], [3, 4], [7, 8]]
   assert openings.lengths.tolist() == [2, 2, 2]
@@ -58,7 +58,24 @@ def test_openings_are_pieces_without_overlap(ragged):
   assert batch['tokens'].tolist() == [[0, 3, 4, 2]]
   assert batch['labels'].tolist() == [[0, 3, 2]]
   with pytest.raises(ValueError, match='no text has 6 tokens for a piece'):
-    lib.Openings(texts, 6)
+    lib.Spans(texts, 6, 1)
+
+
+def test_spans_begin_anywhere(ragged):
+  texts = ragged('s', list(range(100, 160)), list(range(200, 245)))
+  spans = lib.Spans(texts, 10, 4, seed=0)
+  assert len(spans.lengths) == 6 + 4
+  firsts = []
+  for number in range(10):
+    piece, span = spans.source(number), spans.target(number)
+    first = span[0] - piece[0]
+    np.testing.assert_array_equal(span, piece[first : first + 4])
+    firsts.append(first)
+  assert set(firsts) <= set(range(7)) and len(set(firsts)) > 3
+  again = lib.Spans(texts, 10, 4, seed=0)
+  np.testing.assert_array_equal(again.target(7), spans.target(7))
+  other = [lib.Spans(texts, 10, 4, seed=1).target(n)[0] for n in range(10)]
+  assert other != [spans.target(n)[0] for n in range(10)]
 
 
 def test_the_first_papers_only(ragged):

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from longjax import generation, interop
 from longjax.data import bpe, summaries
 from longjax.data.buckets import FILLER, BucketedBatches
-from longjax.data.pairs import Openings, Pairs, Special, collate
+from longjax.data.pairs import Pairs, Spans, Special, collate
 from longjax.evaluation import rouge
 from longjax.evaluation.summaries import (
   OWN,
@@ -46,7 +46,7 @@ from longjax.training.tasks.summarization_settings import (
   sources as find_sources,
 )
 
-OBJECTIVES = ('summary', 'opening')
+OBJECTIVES = ('summary', 'opening', 'span')
 _SPECIAL_ORDER = ('bos', 'pad', 'eos', 'decoder_start')
 
 
@@ -58,9 +58,10 @@ class Summarization(Task):
   be predicted, and their rows of zero labels do not count. The decoder is given
   its start token and the labels but the last (as BART is).
 
-  A stage's objective is 'summary', or 'opening': to write the first tokens of
-  pieces of the training articles. It teaches a decoder that begins from nothing
-  to read what the encoder has read; pieces of an article do not overlap.
+  A stage's objective is 'summary'; or to write again a part of each piece of
+  the training articles, its 'opening', or a 'span' from anywhere in it, to be
+  found by what was written before. Both teach a decoder that begins from
+  nothing to read what the encoder has read.
 
   Attributes:
     tokenizer: see `longjax.interop.load_tokenizer`.
@@ -214,7 +215,12 @@ class Summarization(Task):
     if objective == 'summary':
       pairs = Pairs(train.article, train.summary)
     else:
-      pairs = Openings(train.article, stage.length - 2)
+      pairs = Spans(
+        train.article,
+        stage.length - 2,
+        target_length - 2,
+        seed=self.settings.seed if objective == 'span' else None,
+      )
     return self._batches(
       pairs,
       stage.length,
