@@ -288,7 +288,7 @@ class DecoderLM(nnx.Module):
         With a cache leave it 0: the cache counts.
       dropout_key: turns dropout on.
       cache: from `init_cache` or an earlier call, which then is a chunk of any
-        length.
+        length. Where the sequence is split over devices, an empty one.
 
     Returns:
       float32 [batch, length, vocab_size]; with a cache (that, new cache).
@@ -377,10 +377,13 @@ class DecoderLM(nnx.Module):
       raise ValueError(
         f'positions cannot be given with a cache, which counts; got {positions}'
       )
-    valid = jnp.ones(tokens.shape, bool)
-    if segment_ids is not None:
-      valid = segment_ids >= 0
-    positions, lengths = cache.next_positions(valid)
+    if shards.sequence_axis() is None:
+      valid = jnp.ones(tokens.shape, bool)
+      if segment_ids is not None:
+        valid = segment_ids >= 0
+      positions, lengths = cache.next_positions(valid)
+    else:
+      positions, lengths = self._prefill(tokens, segment_ids, cache)
     relative = None
     if self.relative_patterns:
       # The embeddings lie in the cache, already projected.
@@ -398,6 +401,22 @@ class DecoderLM(nnx.Module):
     overflowed = cache.overflowed(lengths)[:, None, None]
     logits = jnp.where(overflowed, jnp.nan, logits)
     return logits, Cache(tuple(layers), lengths, cache.limit)
+
+  def _prefill(self, tokens, segment_ids, cache):
+    """(positions, lengths) of a text that is split, with an empty cache."""
+    if segment_ids is not None:
+      raise NotImplementedError(
+        'segment_ids with a cache, where the text is split over devices'
+      )
+    batch, here = tokens.shape
+    length = shards.whole_length(here)
+    if cache.limit is not None and length > cache.limit:
+      raise ValueError(
+        f'the cache holds max_length={cache.limit} positions, but the text has '
+        f'{length}: call init_cache with a larger max_length'
+      )
+    positions = shards.first_position(here) + jnp.arange(here)
+    return jnp.broadcast_to(positions, tokens.shape), jnp.full(batch, length)
 
   def init_cache(
     self,

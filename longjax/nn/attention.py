@@ -11,7 +11,7 @@ from longjax.ops.middle import MiddleKeys
 from longjax.ops.weights import attention_weights
 from longjax.patterns import Pattern
 from longjax.positions import ALiBi, Position, RoPE, TransformerXL, XPos
-from longjax.sharding import self_attention
+from longjax.sharding import self_attention, shards
 
 NAMED_POSITIONS = {'rope': RoPE, 'xpos': XPos, 'alibi': ALiBi}
 TRANSFORMER_XL = 'transformer_xl'
@@ -197,6 +197,8 @@ class Attention(nnx.Module):
         implementation=self.implementation,
       )
       return self._output(out)
+    if shards.sequence_axis() is not None:
+      return self._prefill(q, k, v, relative, cache)
     out, new_cache = cache.attend(
       q,
       k,
@@ -207,6 +209,26 @@ class Attention(nnx.Module):
       implementation=self.implementation,
     )
     return self._output(out), new_cache
+
+  def _prefill(self, q, k, v, relative, cache):
+    """`__call__` with an empty cache and a text that is split over devices."""
+    if isinstance(cache, DilatedCache):
+      raise NotImplementedError(
+        f'{self.pattern}: its cache cannot be filled by a text that is split '
+        'over devices: it holds thinned rows of whole segments'
+      )
+    position = self._position(relative, cache)
+    out = self_attention(
+      q,
+      k,
+      v,
+      self.pattern,
+      position=position,
+      implementation=self.implementation,
+    )
+    return self._output(out), cache.filled(
+      k, v, pattern=self.pattern, position=position, num_heads=self.num_heads
+    )
 
   def weights(
     self,

@@ -34,6 +34,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longjax.nn.dilated_cache import DilatedCache, init_dilated_cache
 from longjax.ops.attention import attention
@@ -41,6 +42,7 @@ from longjax.ops.merge import merge
 from longjax.ops.middle import MiddleKeys, attend_middle
 from longjax.patterns import TRUE_DISTANCE, Dilated, Lambda, Pattern
 from longjax.positions import RoPE
+from longjax.sharding import shards
 
 # Positions are int32, and rotations exact up to here.
 LAST_LIMIT = 2**30
@@ -120,6 +122,28 @@ class LayerCache:
       jnp.concatenate([self.keys, keys.astype(self.keys.dtype)], 1),
       jnp.concatenate([self.values, values.astype(self.values.dtype)], 1),
       jnp.concatenate([self.positions, positions], 1),
+    )
+
+  def filled(self, k, v, *, pattern, position, num_heads) -> 'LayerCache':
+    """An empty cache after a text that is split over devices.
+
+    Only the rows that it keeps travel, to all of them.
+
+    Args:
+      k, v: [batch, length, kv_heads, head_dim], the rows here.
+      pattern, position, num_heads: of the layer.
+    """
+    batch, here = k.shape[:2]
+    length, (_, slots) = shards.whole_length(here), self.positions.shape
+    if self.middle is None and _rotates_once(pattern, position, num_heads):
+      own = shards.first_position(here) + jnp.arange(here)
+      k = position.rotate(k, own[None, :, None])
+    start = min(self.start, length)
+    recent = max(start, length - (slots - self.start))
+    kept = np.r_[:start, recent:length].astype(np.int32)
+    positions = jnp.broadcast_to(kept, (batch, len(kept)))
+    return self.append(
+      *(shards.rows_at(x, positions, same=True) for x in (k, v)), positions
     )
 
   def attend(self, q, k, v, positions, *, pattern, position, implementation):

@@ -234,7 +234,8 @@ def _globals(shard, pattern, tokens):
   tokens = jnp.asarray(tokens, jnp.int32)
 
   def fetch(x):
-    return exchange.rows_at(x, tokens, shard.rows.first, shard.axis_name)
+    rows = exchange.rows_at(x, tokens, shard.rows.first, shard.axis_name)
+    return exchange.varying(rows, shard.axis_name)
 
   batch, length = shard.rows.x[0].shape[:2]
   there = fetch(jnp.ones((batch, length), jnp.int32)) > 0

@@ -105,7 +105,7 @@ def rows_at(
     first: absolute position of this shard's first row.
 
   Returns:
-    [batch, G, ...].
+    [batch, G, ...], typed as the same on all devices of the axis.
   """
   slots = positions - jnp.reshape(first, (-1, 1))
   mine = (slots >= 0) & (slots < x.shape[1])
@@ -113,7 +113,7 @@ def rows_at(
   index = jnp.clip(slots, 0, x.shape[1] - 1).reshape(*slots.shape, *extra)
   rows = jnp.take_along_axis(x, index, axis=1)
   rows = jnp.where(mine.reshape(*mine.shape, *extra), rows, 0)
-  return varying(jax.lax.psum(rows, axis_name), axis_name)
+  return jax.lax.psum(rows, axis_name)
 
 
 def gather_group(x: Array, devices: int, axis_name: str) -> Array:

@@ -148,18 +148,21 @@ def sum_before(x):
   return jnp.tensordot(before.astype(x.dtype), sums, 1)
 
 
-def rows_at(x, positions):
+def rows_at(x, positions, *, same: bool = False):
   """x[b, positions[b, g]]: rows of the sequence, wherever they are.
 
   Args:
     x: [batch, length, ...].
     positions: int [batch, G], counted from the whole sequence's first row; of
       those outside of it come zeros.
+    same: typed as what is the same on all devices of the sequence, and may
+      leave `shard_map` as such.
   """
   axis = sequence_axis()
   if axis is not None:
     first = first_position(x.shape[1])
-    return exchange.rows_at(x, positions, first, axis)
+    rows = exchange.rows_at(x, positions, first, axis)
+    return rows if same else exchange.varying(rows, axis)
   inside = (positions >= 0) & (positions < x.shape[1])
   extra = (1,) * (x.ndim - 2)
   index = jnp.where(inside, positions, 0).reshape(*positions.shape, *extra)

@@ -143,6 +143,21 @@ def test_resuming_on_another_number_of_processes_is_exact(loader):
   np.testing.assert_array_equal(both, next(alone)['tokens'])
 
 
+@pytest.mark.parametrize('loader', LOADERS)
+def test_parts_of_sequences_overlap_by_the_token_between_them(loader):
+  arguments = dict(
+    tokens=np.arange(97), length=12, batch_size=4, seed=1, loader=loader
+  )
+  whole = next(Batches(**arguments))['tokens']
+  parts = [Batches(**arguments, part=p, parts=3) for p in range(3)]
+  for number, part in enumerate(parts):
+    np.testing.assert_array_equal(
+      next(part)['tokens'], whole[:, 4 * number : 4 * number + 5]
+    )
+  # A place in the data is that of any part.
+  assert parts[0].get_state() == parts[2].get_state()
+
+
 @pytest.mark.parametrize(
   ('changed', 'name'),
   [
@@ -194,6 +209,8 @@ def test_a_text_of_one_sequence(loader):
     (dict(length=0), 'length=0 must be at least 1'),
     (dict(batch_size=0), 'batch_size=0 must be at least 1'),
     (dict(process_count=3), 'batch_size=8 does not divide over 3 processes'),
+    (dict(parts=3), 'part=0 is none of parts=3 that length=10 has'),
+    (dict(parts=2, part=2), 'part=2 is none of parts=2 that length=10 has'),
     (dict(process_index=1), r'process_index=1 is not in \[0, 1\)'),
     (dict(seed=-1), 'seed=-1 must not be negative'),
     (dict(loader='torch'), "loader='torch' is not one of grain, numpy"),

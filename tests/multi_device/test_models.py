@@ -154,8 +154,8 @@ CASES = {
   'LED': (led, summary),
   'LED, one global': (lambda: led(max_globals=1, remat=True), summary),
 }
-# The others of the paper's kinds are trained in test_training.py.
-USUAL = ('modern', 'Longformer')
+# Three of the papers' kinds are trained in test_training.py.
+USUAL = ('learned positions',)
 
 
 def batch_of():
@@ -230,3 +230,70 @@ def test_equals_one_device(name):
     np.testing.assert_allclose(
       got_gradients[name], gradient, atol=2e-6, err_msg=name
     )
+
+
+def prefill(model, cache, tokens):
+  """Logits and the cache after a text that is split over eight devices."""
+  run = map_shards(
+    lambda cache, tokens: model(tokens, cache=cache),
+    make_mesh({'seq': 8}),
+    (P(), P(None, 'seq')),
+    (P(None, 'seq'), P()),
+  )
+  return jax.jit(run)(cache, tokens)
+
+
+def test_prefill_fills_the_cache_of_one_device():
+  model = decoder(
+    patterns=[longjax.SlidingWindow(20), longjax.Lambda(9, 3)],
+    num_kv_heads=2,
+    position='rope',
+  )
+  tokens = random_tokens(3)
+  cache = model.init_cache(BATCH)
+  wanted, filled = jax.jit(lambda c, t: model(t, cache=c))(cache, tokens)
+  logits, got = prefill(model, cache, tokens)
+  np.testing.assert_allclose(logits, wanted, atol=1e-5)
+  step = jax.jit(lambda c: model(tokens[:, :1], cache=c))
+  (logits, got), (wanted, filled) = step(got), step(filled)
+  np.testing.assert_allclose(logits, wanted, atol=1e-5)
+  for x, y in zip(*map(jax.tree.leaves, (got, filled)), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_prefill_refuses():
+  tokens = random_tokens(3)
+  model = decoder(patterns=DILATED)
+  with pytest.raises(NotImplementedError, match='thinned rows of whole segme'):
+    prefill(model, model.init_cache(BATCH), tokens)
+  model = decoder(patterns=longjax.Full())
+  with pytest.raises(ValueError, match='max_length=60 .* the text has 64'):
+    prefill(model, model.init_cache(BATCH, 60), tokens)
+
+
+@pytest.mark.parametrize(
+  ('make', 'kwargs', 'message'),
+  [
+    (
+      lambda: decoder(position='learned', max_positions=LENGTH),
+      {'segment_ids': np.zeros((BATCH, LENGTH), int)},
+      'another may hold where a segment begins',
+    ),
+  ],
+)
+def test_refusals(make, kwargs, message):
+  run = map_shards(
+    lambda tokens, kwargs: make()(tokens, **kwargs),
+    make_mesh({'seq': 8}),
+    P(None, 'seq'),
+    P(None, 'seq'),
+  )
+  with pytest.raises(NotImplementedError, match=message):
+    run(random_tokens(0), kwargs)
+
+
+def test_a_learned_table_is_as_long_as_the_whole_sequence():
+  model = decoder(position='learned', max_positions=LENGTH - 1)
+  run = map_shards(model, make_mesh({'seq': 8}), P(None, 'seq'), P(None, 'seq'))
+  with pytest.raises(ValueError, match='64 positions are needed, but the'):
+    run(random_tokens(0))

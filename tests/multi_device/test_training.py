@@ -42,7 +42,7 @@ def character_lm():
 def long_net():
   options = dict(
     vocab_size=VOCABULARY,
-    num_layers=2,
+    num_layers=1,
     features=16,
     num_heads=2,
     mlp_features=32,
@@ -64,7 +64,7 @@ def led():
     16,
     2,
     2,
-    patterns=longjax.SlidingWindow(5, 5, (1, 2)),
+    patterns=longjax.SlidingWindow(5, 5),
     max_positions=LENGTH,
     max_target_positions=TARGET,
     max_globals=4,
@@ -166,6 +166,7 @@ def test_three_steps_are_those_of_one_device(name):
     )
 
 
+@pytest.mark.full
 def test_parameters_may_be_split(monkeypatch):
   monkeypatch.setattr(devices_lib, '_SMALL', 0)
   run = Run('LongNet', {'data': 2, 'seq': 4}, split_parameters=True).go(3)
@@ -178,6 +179,7 @@ def test_parameters_may_be_split(monkeypatch):
     assert here < whole / 7.5
 
 
+@pytest.mark.full
 def test_a_checkpoint_moves_from_eight_devices_to_two_and_to_one(
   tmp_path, monkeypatch
 ):
@@ -208,13 +210,14 @@ def settings(tmp_path, **changes):
   return config
 
 
+@pytest.mark.full
 def test_a_run_on_a_mesh(tmp_path, monkeypatch):
   """From its config, with evaluation, and going on on fewer devices."""
   results, every = [], jax.devices()
   for count, mesh in ((8, dict(data=2, seq=4)), (1, {})):
     monkeypatch.setattr(jax, 'devices', lambda count=count: every[:count])
     config = settings(tmp_path, mesh=mesh, log_every=1)
-    folder = tmp_path / str(count)
+    folder = tmp_path / f'on_{count}'
     results.append(training.train_and_evaluate(config, folder))
     lines = (folder / 'metrics.jsonl').read_text().splitlines()
     losses = [json.loads(line).get('train/loss') for line in lines]
@@ -226,7 +229,7 @@ def test_a_run_on_a_mesh(tmp_path, monkeypatch):
   assert sharded['bits_per_character'] == pytest.approx(
     whole['bits_per_character'], rel=1e-4
   )
-  again = training.evaluate(config, tmp_path / '8')
+  again = training.evaluate(config, tmp_path / 'on_8')
   assert again['bits_per_character'] == pytest.approx(
     sharded['bits_per_character'], rel=1e-5
   )

@@ -109,6 +109,7 @@ def test_sigterm_of_one_stops_all_after_the_same_step(tmp_path):
   assert (tmp_path / 'run' / 'checkpoints' / str(last)).is_dir()
 
 
+@pytest.mark.full
 def test_different_configs_are_found_at_the_start(tmp_path):
   ended = finish(
     launch(
