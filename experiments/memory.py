@@ -15,6 +15,7 @@ every segment's end, and each has 2048 keys.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -24,15 +25,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from configs import longnet_stack
 from experiments import stamp, targets
 from longjax import DecoderLM, Dilated
-from longjax.models.longnet import longnet, schedule
+from longjax.models.longnet import schedule
 from longjax.nn.memory import POLICIES
-from longjax.training.loss import next_token_losses
+from longjax.training.devices import Devices
+from longjax.training.loss import target_losses
 from longjax.training.optimizer import make_optimizer
 from longjax.training.state import make_train_step, split
 
 GIB = 2**30
+CONFIG = '125m,bytes,rope'
 SCHEDULES = ('paper', 'geometric')
 
 
@@ -47,37 +51,66 @@ def make_pattern(kind: str, length: int) -> Dilated:
   return Dilated(segments, tuple(w // 2048 for w in segments))
 
 
-def training_step(length: int, pattern: Dilated, **options):
-  """(step, its abstract arguments) of one sequence of `length` tokens."""
-  keywords = dict(
-    position='rope',
-    vocab_size=256,
-    dtype=jnp.bfloat16,
-    mlp_piece=8192,
-    scan_layers=True,
-    remat='block',
-  )
-  keywords = longnet('125m', **{**keywords, **options})
+def model_keywords(**options) -> dict:
+  """Those of `DecoderLM` but patterns and rngs, with the config's defaults."""
+  keywords = longnet_stack.get_config(CONFIG).model.to_dict() | {
+    'vocab_size': 256,
+    'mlp_piece': 8192,
+    'scan_layers': True,
+    'remat': 'block',
+  }
+  keywords |= options
+  return keywords | {'dtype': jnp.dtype(keywords['dtype'])}
+
+
+def training_step(
+  length: int, pattern: Dilated, devices: Devices | None = None, **options
+):
+  """(step, its abstract arguments) of one sequence of `length` tokens.
+
+  Args:
+    length, pattern: of the sequence.
+    devices: that the sequence is split over; None for one.
+    **options: of the model, besides those of configs/longnet_stack.py.
+  """
+  config = longnet_stack.get_config(CONFIG)
+  keywords = model_keywords(**options)
 
   def make():
     return DecoderLM(**keywords, patterns=pattern, rngs=nnx.Rngs(0))
 
   merge, params = split(nnx.eval_shape(make))
   optimizer = make_optimizer(
-    lambda step: 6e-4, name='adamw', weight_decay=0.01, clip_norm=2.0, b2=0.98
+    lambda step: config.stages[0]['learning_rate'], **config.optimizer
   )
 
   def loss(model, batch, dropout_key):
     del dropout_key
-    return next_token_losses(model, batch['tokens']).mean(), None
+    losses = target_losses(model, batch['tokens'], batch['targets'])
+    return losses.mean(), None
 
   state = {
     'params': params,
     'opt_state': jax.eval_shape(optimizer.init, params),
   }
-  batch = {'tokens': jax.ShapeDtypeStruct((1, length + 1), jnp.int32)}
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  batch = {'tokens': tokens, 'targets': tokens}
+  add = None
+  if devices is not None:
+    add = functools.partial(devices.sum_over_parts, sequences=tuple(batch))
+
+    def lay(tree, shardings):
+      return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        tree,
+        shardings,
+      )
+
+    state = lay(state, devices.shardings(state))
+    batch = lay(batch, devices.batch_shardings(batch, tuple(batch)))
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  return make_train_step(loss, merge, optimizer, seed=0), (state, batch, step)
+  f = make_train_step(loss, merge, optimizer, seed=0, sum_over_parts=add)
+  return f, (state, batch, step)
 
 
 def compiled_peak(device: str, length: int, kind: str, **options) -> dict:
@@ -88,14 +121,18 @@ def compiled_peak(device: str, length: int, kind: str, **options) -> dict:
   try:
     compiled = targets.compile_for(device, f, *arguments, donate_argnums=0)
   except jax.errors.JaxRuntimeError as error:
-    # Of TPUs the compiler knows how much memory there is.
-    needed = re.search(r'Used [\d.]+\w of [\d.]+\w hbm', str(error))
-    found['error'] = needed[0] if needed else str(error).splitlines()[0]
+    found['error'] = first_of(error)
   else:
     memory = compiled.memory_analysis()
     found['peak_gib'] = round(memory.peak_memory_in_bytes / GIB, 2)
   found['compile_s'] = round(time.monotonic() - start, 1)
   return found
+
+
+def first_of(error: Exception) -> str:
+  """What a compiler's error says first; of TPUs, how much memory is needed."""
+  needed = re.search(r'Used [\d.]+\w of [\d.]+\w hbm', str(error))
+  return needed[0] if needed else str(error).splitlines()[0]
 
 
 def plot(lines: list[dict], path: pathlib.Path):

@@ -1,10 +1,11 @@
-"""Accelerators that are not there, to compile for: one H200 or one TPU.
+"""Accelerators that are not there, to compile for: H200s or TPUs, one or many.
 
 Needs the compilers of `make setup` (libtpu, and the CUDA plugin with ptxas) and
 JAX_PLATFORMS=cpu in the environment.
 """
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -54,6 +55,39 @@ TPUS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2', 'v5p': 'v5p:2x2x1'}
 KINDS = ('h200', *TPUS)
 
 
+def devices(name: str) -> list[jax.Device]:
+  """The devices of a topology.
+
+  Args:
+    name: a kind for one device ('h200', 'v5e', 'v6e', 'v5p'), 'h200:8' for
+      eight, a TPU's topology as 'v5p:4x4x4'.
+
+  Raises:
+    ValueError: for another kind, or a topology that does not exist.
+  """
+  kind, _, shape = name.partition(':')
+  if kind not in KINDS:
+    raise ValueError(f'device {kind!r} is not one of {KINDS}')
+  if kind == 'h200':
+    if not re.fullmatch('[1-9][0-9]*', shape or '1'):
+      raise ValueError(f'topology {name!r} is not as h200:8')
+    count = int(shape or 1)
+    # Hosts of eight.
+    size = f'1x{-(-count // 8)}x{min(count, 8)}'
+    topology = topologies.get_topology_desc(
+      platform='cuda', topology_name=kind, target_config=H200, topology=size
+    )
+    return topology.devices[:count]
+  try:
+    topology = topologies.get_topology_desc(
+      platform='tpu', topology_name=name if shape else TPUS[kind]
+    )
+  except jax.errors.JaxRuntimeError as e:
+    first = str(e).splitlines()[0]
+    raise ValueError(f'topology {name!r} cannot be had: {first}') from None
+  return topology.devices if shape else topology.devices[:1]
+
+
 @functools.cache
 def mesh(kind: str) -> Mesh:
   """One device of a kind: 'h200', 'v5e', 'v6e' or 'v5p'.
@@ -61,20 +95,7 @@ def mesh(kind: str) -> Mesh:
   Raises:
     ValueError: for another kind.
   """
-  if kind not in KINDS:
-    raise ValueError(f'device {kind!r} is not one of {KINDS}')
-  if kind == 'h200':
-    topology = topologies.get_topology_desc(
-      platform='cuda',
-      topology_name=kind,
-      target_config=H200,
-      topology='1x1x1',
-    )
-  else:
-    topology = topologies.get_topology_desc(
-      platform='tpu', topology_name=TPUS[kind]
-    )
-  return Mesh(np.array(topology.devices[:1]), ('x',))
+  return Mesh(np.array(devices(kind)[:1]), ('x',))
 
 
 def compile_for(kind: str, f, *arguments, **options) -> jax.stages.Compiled:

@@ -6,6 +6,7 @@ activations and softmaxes are left out, as everywhere.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -34,6 +35,21 @@ def visible_pairs(
 
 def _count(branch: Branch, own: int | None, length: int) -> int:
   """Pairs that one head sees; `own` is its offset or first column."""
+  if branch == Branch(
+    right=branch.right,
+    segment=branch.segment,
+    stride=branch.stride,
+    offsets=branch.offsets,
+    heads=branch.heads,
+  ) and not (branch.offsets is None and branch.stride > 1):
+    # Segments, thinned: each has as many pairs as the others.
+    def pairs(rows):
+      kept = max(0, -(-(rows - (own or 0)) // branch.stride))
+      return kept * kept if branch.right else kept * (kept + 1) // 2
+
+    whole = int(min(branch.segment, length))
+    if branch.right in (0, math.inf):
+      return length // whole * pairs(whole) + pairs(length % whole)
   queries = np.arange(length)
   lo, hi = branch.bounds(queries)
   hi = np.minimum(hi, length - 1)

@@ -53,11 +53,14 @@ class Devices:
     num_devices: how many devices there are.
     mesh: the mesh.
     replicated: the sharding of what every device has whole.
-    place: what this process loads.
   """
 
   def __init__(
-    self, sizes: Mapping[str, int] | None = None, *, split_parameters=False
+    self,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    split_parameters: bool = False,
+    devices: Sequence[jax.Device] | None = None,
   ):
     """Args:
 
@@ -66,11 +69,12 @@ class Devices:
     split_parameters: parameters and the optimizer's state are split over all
       devices where they are not small, and parameters are put together for
       each step.
+    devices: all there are by default.
 
     Raises:
       ValueError: sizes that do not make the devices there are.
     """
-    self.mesh = make_mesh(sizes or {DATA: -1})
+    self.mesh = make_mesh(sizes or {DATA: -1}, devices)
     if self.mesh.shape[MODEL] > 1:
       raise ValueError(
         f'mesh axis {MODEL!r} is {self.mesh.shape[MODEL]}: training splits '
@@ -78,8 +82,12 @@ class Devices:
       )
     self.num_devices = self.mesh.size
     self.replicated = self._on(P())
-    self.place = _place(self.mesh)
     self._split_parameters = split_parameters
+
+  @property
+  def place(self) -> Place:
+    """What this process loads."""
+    return _place(self.mesh)
 
   def _on(self, spec: P) -> NamedSharding:
     return NamedSharding(self.mesh, spec)
@@ -113,10 +121,18 @@ class Devices:
         f'sequences over devices: use {DATA!r}'
       )
     for name, length in task.lengths().items():
-      try:
-        check_length(length, devices)
-      except ValueError as e:
-        raise ValueError(f'{name}: {e}') from None
+      self.share_of_sequence(name, length)
+
+  def share_of_sequence(self, name: str, length: int) -> int:
+    """How many positions of a sequence each device has.
+
+    Raises:
+      ValueError: where that is no whole number, naming the nearest lengths.
+    """
+    try:
+      return check_length(length, self.mesh.shape[SEQ])
+    except ValueError as e:
+      raise ValueError(f'{name}: {e}') from None
 
   def shard(self, batch, sequences: Sequence[str] = ()):
     """A global batch of which every process gives its own part.
@@ -126,11 +142,9 @@ class Devices:
       sequences: those of a dictionary whose second axis is split, too.
     """
     return jax.tree.map(
-      lambda rows, spec: jax.make_array_from_process_local_data(
-        self._on(spec), rows
-      ),
+      lambda rows, where: jax.make_array_from_process_local_data(where, rows),
       batch,
-      self._specs(batch, sequences),
+      self.batch_shardings(batch, sequences),
     )
 
   def shard_same(self, rows, *axes: str):
@@ -146,6 +160,10 @@ class Devices:
       self.replicated if like is None else like.sharding,
       lambda index: array[index],
     )
+
+  def batch_shardings(self, batch, sequences: Sequence[str] = ()):
+    """How the arrays of a batch lie; arguments as of `shard`."""
+    return jax.tree.map(self._on, self._specs(batch, sequences))
 
   def _specs(self, batch, sequences):
     if sequences:
