@@ -20,7 +20,7 @@ from longjax.training.metrics import say
 from longjax.training.preemption import Preempted
 
 # A process that has not been heard of for so long is taken for dead.
-HEARTBEAT_SECONDS = 10
+HEARTBEAT_SECONDS = 20
 # What another process may take to say why it failed.
 _GRACE_SECONDS = 5
 _FAILED = 'longjax/failed'
@@ -140,15 +140,18 @@ def ending_together(
     raise
   except BaseException as error:
     watch.stop()
-    code = exit_code(error)
+    code = 1
+    with contextlib.suppress(OSError):  # Nobody may be listening.
+      code = exit_code(error)
     watch.tell(f'{type(error).__name__}: {error}')
     _leave(code)
   watch.stop()
 
 
 def _leave(code):
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(code)
 
 
@@ -164,10 +167,11 @@ class _Watch:
     while not self._stopped.wait(1):
       cause = self.cause()
       if cause:
-        say(
-          f'error: {cause}: this process ends, too; run the same command '
-          'again to go on from the last checkpoint'
-        )
+        with contextlib.suppress(OSError):
+          say(
+            f'error: {cause}: this process ends, too; run the same command '
+            'again to go on from the last checkpoint'
+          )
         _leave(1)
 
   @staticmethod

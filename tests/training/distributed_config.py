@@ -13,7 +13,7 @@ def get_config(arg=None):
   )
   config.model = dict(num_layers=1, features=16, num_heads=2, dropout_rate=0.1)
   config.stages = (
-    dict(length=32, batch_size=4, steps=60, learning_rate=1e-2, windows=8),
+    dict(length=32, batch_size=4, steps=24, learning_rate=1e-2, windows=8),
   )
   config.mesh.update(data=1, seq=2)
   config.evaluation.update(

@@ -89,7 +89,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_bit_equal(tmp_path):
   assert [code for code, *_ in again] == [0, 0], again
   assert 'going on from the checkpoint of step' in again[0][2]
   assert again[0][1] and not again[1][1]  # One of them prints the result.
-  got, wanted = (arrays(tmp_path / name, 60) for name in ('killed', 'whole'))
+  got, wanted = (arrays(tmp_path / name, 24) for name in ('killed', 'whole'))
   assert got.keys() == wanted.keys()
   for name, value in wanted.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)

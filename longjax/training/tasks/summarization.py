@@ -71,6 +71,8 @@ class Summarization(Task):
 
   Settings = Settings
   scores = ('loss', *rouge.KINDS)
+  # The decoder's side is whole on all devices of a sequence.
+  sequences = ('tokens',)
 
   def __init__(self, settings: Settings, workdir: pathlib.Path | None = None):
     super().__init__(settings, workdir)
@@ -208,7 +210,16 @@ class Summarization(Task):
     self.prepared = self.tests.pop('test')
 
   def make_batches(self, stage: Stage, number: int) -> BucketedBatches:
-    """Every article once in an epoch, by length, cut off at stage.length."""
+    """Every article once in an epoch, by length, cut off at stage.length.
+
+    Raises:
+      ValueError: sequences are to be split over processes.
+    """
+    if self.place.parts > 1:
+      raise ValueError(
+        f'mesh axis seq goes over {self.place.parts} processes: articles are '
+        'split over the devices of one process only'
+      )
     objective = stage.objective or 'summary'
     target_length = stage.target_length or self.settings.target_length
     train = self.prepared.train
@@ -237,6 +248,13 @@ class Summarization(Task):
         target_length,
       ],
     )
+
+  def lengths(self) -> dict[str, int]:
+    longest = max(super().lengths().values(), default=0)
+    shorter = [n for n in self.settings.data.buckets if n < longest]
+    return super().lengths() | {
+      f'config.data.buckets {length}': length for length in shorter
+    }
 
   def _batches(self, pairs, length, target_length, *, rows=False, **options):
     def make(numbers, bucket):
