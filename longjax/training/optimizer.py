@@ -46,7 +46,7 @@ def make_optimizer(
       to AdamW's root mean square, so one learning rate serves both) and AdamW
       for everything else.
     weight_decay: times the learning rate; biases and norms are not decayed.
-    clip_norm: largest global norm of the gradient; None for no clipping.
+    clip_norm: largest global norm of the gradient; 0 or None for no clipping.
     b1, b2, eps: of AdamW. Muon's momentum is 0.95, its own epsilon is fixed.
     only: how the names of the parameters begin that are trained, such as
       'position_embedding'; all others stay as they are. '' for all.
@@ -75,7 +75,7 @@ def make_optimizer(
       },
       lambda params: _by_name(is_matrix, params),
     )
-  if clip_norm is not None:
+  if clip_norm:
     update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
   if not only:
     return update

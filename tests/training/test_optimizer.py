@@ -98,3 +98,11 @@ def test_only_some_are_trained():
   assert len(wanted) == 2
   with pytest.raises(ValueError, match="no parameter begins with 'layer.0'"):
     updates(grads, only='layer.0')
+
+
+def test_no_clipping():
+  grads = {name: 100 * g for name, g in gradients().items()}
+  for name, update in updates(grads, clip_norm=None).items():
+    assert np.abs(update).max() > 0.01
+    zero = updates(grads, clip_norm=0.0)[name]
+    np.testing.assert_array_equal(zero, update, err_msg=name)
