@@ -22,6 +22,7 @@ from longjax.ops.pallas import mosaic_gpu_ring as ring
 from longjax.ops.pallas.contract import Operands, Spec
 from longjax.ops.pallas.mosaic_gpu_backward import backward
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig, check
+from longjax.ops.varying import alike
 
 __all__ = ['backward', 'check', 'default_config', 'forward', 'shared_memory']
 
@@ -76,6 +77,8 @@ def forward(
     compiler_params=plgpu.CompilerParams(approx_math=True),
     interpret=interpret,
   )(*operands.values())
+  # Inside `shard_map` kernels lose account of what differs between devices.
+  out, lse = alike((out, lse), operands)
   return out[:, :num_queries], lse[..., :num_queries]
 
 

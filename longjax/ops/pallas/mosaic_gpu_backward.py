@@ -32,6 +32,7 @@ from longjax.ops.pallas import mosaic_gpu_common as common
 from longjax.ops.pallas import mosaic_gpu_ring as ring
 from longjax.ops.pallas.contract import Gradients, Operands, Spec
 from longjax.ops.pallas.mosaic_gpu_common import GpuConfig
+from longjax.ops.varying import alike
 
 # Programs of the prefix's kernel that are enough to fill a Hopper GPU.
 _PROGRAMS = 264
@@ -230,6 +231,8 @@ def _run(spec, x, operands, interpret, kernel, config, names):
     interpret=interpret,
     kernel_name=f'band_backward_{kernel}',
   )(operands)
+  # Inside `shard_map` kernels lose account of what differs between devices.
+  out = alike(out, operands)
   if kernel == 'prefix':
     return out
   return {name: y[:, : rows[name].shape[1]] for name, y in out.items()}

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from longjax.ops.pallas import contract
 from longjax.ops.pallas.contract import Operands
 from longjax.ops.pallas.mosaic_tpu_common import VMEM_BYTES, Plan
+from longjax.ops.varying import structs_like
 
 
 class Scalars(NamedTuple):
@@ -246,7 +247,7 @@ def call(
   arrays = [*ins.values(), *outs.values()]
   return pl.pallas_call(
     body,
-    out_shape=outs,
+    out_shape=structs_like(outs, s, ins),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=grid,
