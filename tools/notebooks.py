@@ -75,6 +75,9 @@ def execute(source: pathlib.Path, *, smoke: bool) -> nbformat.NotebookNode:
     # Tests draw to files; here figures go into the notebook.
     'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
   }
+  if smoke:
+    # Most of the time is compiling then.
+    environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   nbclient.NotebookClient(
     notebook,
     kernel_name='python3',
