@@ -52,19 +52,34 @@ def figure_6(tokens: float = _FIGURE_TOKENS) -> dict:
   return counted
 
 
-def describe(config, length: int | None, vocab_size: int) -> str:
-  """The table of a config's last stage, at its own length if None."""
+def of_config(
+  config, length: int | None, vocab_size: int, number: int = -1
+) -> flops.DecoderFlops:
+  """Of a forward pass over one sequence by the model of a stage.
+
+  Args:
+    config: of language modelling.
+    length: of the sequence; None for the stage's own.
+    vocab_size: symbols there are.
+    number: of the stage.
+  """
   settings = make_settings(config)
-  stage = make_stages(settings.stages)[-1]
-  length = stage.length if length is None else length
+  stage = make_stages(settings.stages)[number]
   model = settings.model
-  whole = flops.decoder_flops(
-    length,
+  return flops.decoder_flops(
+    stage.length if length is None else length,
     vocab_size=vocab_size,
     patterns=stage.layer_patterns(settings.pattern, model['num_layers']),
     mlp=model.get('mlp', 'gelu'),
     **{name: model[name] for name in _SIZES if name in model},
   )
+
+
+def describe(config, length: int | None, vocab_size: int) -> str:
+  """The table of a config's last stage, at its own length if None."""
+  whole = of_config(config, length, vocab_size)
+  if length is None:
+    length = make_stages(make_settings(config).stages)[-1].length
   attention = sum(layer.attention for layer in whole.layers)
   lines = [
     f'GFLOP of a forward pass over {length:,} tokens',
