@@ -122,9 +122,11 @@ def examine(config, workdir=None):
   ('task', 'score', 'least'),
   [
     ('sequence_classification', 'accuracy', 0.9),
-    ('token_classification', 'f1', 0.9),
-    ('question_answering', 'exact_match', 0.9),
     ('multiple_choice', 'accuracy', 0.9),
+    pytest.param('token_classification', 'f1', 0.9, marks=pytest.mark.full),
+    pytest.param(
+      'question_answering', 'exact_match', 0.9, marks=pytest.mark.full
+    ),
   ],
 )
 def test_learns_and_writes_predictions(tmp_path, task, score, least):
@@ -210,6 +212,30 @@ def test_what_is_cut_off_is_not_learned_from(tmp_path):
   outputs = np.zeros(48), np.zeros(48)
   lost = next(e for e in encoded if not e.learned)
   assert task.predict(lost, outputs)['label'] == ['GOLD']
+
+
+def test_tags_are_those_of_first_tokens(tmp_path):
+  task = examine(tiny(tmp_path, 'token_classification'), tmp_path / 'run')
+  encoded = task.encode_split('test', 48)[:2]
+  batch = task.collate([*encoded, None], 48)
+  assert batch['tokens'].shape == batch['labels'].shape == (3, 48)
+  assert (batch['tokens'][2] == 1).all() and (batch['labels'][2] == -1).all()
+  log_p = np.log(np.full((3, 48, 3), 1 / 3, np.float32))
+  losses, weights, _ = task.outputs(lambda tokens, dropout_key: log_p, batch)
+  counts = [len(e.example.words) for e in encoded]
+  assert weights.sum(axis=1).tolist() == [*counts, 0]
+  assert float(losses.sum()) == pytest.approx(sum(counts) * np.log(3))
+  # The right tags, found again; what is cut off has the usual one.
+  for e, row in zip(encoded, batch['labels'], strict=False):
+    found = task.predict(e, row)
+    assert found['prediction'] == found['label'] == list(e.example.tags)
+    words = list(e.example.words)
+    assert task.tokenizer.decode(e.arrays['tokens']) == ' '.join(words)
+  cut = task.encode(encoded[0].example, 5)
+  assert task.predict(cut, batch['labels'][0])['prediction'][-1] == 'O'
+  assert training.default_settings('token_classification').task == (
+    'token_classification'
+  )
 
 
 def test_any_right_answer_counts(tmp_path):
