@@ -13,20 +13,13 @@ import sys
 import tempfile
 import time
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
 from experiments import study as studies
 from experiments import study_report
-
-optuna = pytest.importorskip('optuna')
-
-from optuna.trial import TrialState  # noqa: E402
-
-from tests.experiments.study_worker import (  # noqa: E402
-  make_plan,
-  objective,
-  suggest,
-)
+from tests.experiments.study_worker import make_plan, objective, suggest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
