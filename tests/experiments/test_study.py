@@ -1,5 +1,6 @@
 """Studies that workers share, on SQLite and on PostgreSQL."""
 
+import contextlib
 import csv
 import json
 import os
@@ -125,9 +126,10 @@ def test_a_killed_worker_loses_one_trial_which_is_tried_again(url):
   assert workers[1].returncode == 0, out
   workers[0].communicate()
 
-  study = optuna.load_study(study_name='s', storage=url)
-  assert studies.is_complete(study) and studies.progress(study) == (8, 8)
-  rows = study_report.rows(study)
+  with opened(url) as storage:
+    study = optuna.load_study(study_name='s', storage=storage)
+    assert studies.is_complete(study) and studies.progress(study) == (8, 8)
+    rows = study_report.rows(study)
   [lost] = [row for row in rows if row['state'] == 'lost']
   assert (lost['trial'], lost['x']) == (int(number), float(x))
   # All others once, and the lost one again with the same parameters.
@@ -142,9 +144,21 @@ def test_a_killed_worker_loses_one_trial_which_is_tried_again(url):
   assert sorted(p['x'] for p in points) == sorted({row['x'] for row in rows})
 
 
+@contextlib.contextmanager
+def opened(url, heartbeat=60):
+  """A storage whose connections are closed: left open they are warned of."""
+  storage = studies.open_storage(url, heartbeat)
+  try:
+    yield storage
+  finally:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 @pytest.fixture
 def storage(tmp_path):
-  return studies.open_storage(f'sqlite:///{tmp_path}/study.db', 60)
+  with opened(f'sqlite:///{tmp_path}/study.db') as storage:
+    yield storage
 
 
 def run(storage, plan, points, objective=objective, **options):
@@ -223,17 +237,17 @@ def test_who_is_told_to_stop_gives_the_trial_back(storage):
 
 
 def test_who_dies_before_the_first_heartbeat_is_missed_too(tmp_path):
-  storage = studies.open_storage(f'sqlite:///{tmp_path}/study.db', 1)
   plan, points = make_plan(1)
-  # Takes the ticket and is never heard of.
-  with pytest.warns(UserWarning, match='Heartbeat'):
-    studies.begin(storage, plan, points).ask()
-  study, said = run(storage, plan, points, poll=0.2)
-  assert said == ['1 trial(s) left, all with other workers']
-  assert [row['state'] for row in study_report.rows(study)] == [
-    'lost',
-    'complete',
-  ]
+  with opened(f'sqlite:///{tmp_path}/study.db', heartbeat=1) as storage:
+    # Takes the ticket and is never heard of.
+    with pytest.warns(UserWarning, match='Heartbeat'):
+      studies.begin(storage, plan, points).ask()
+    study, said = run(storage, plan, points, poll=0.2)
+    assert said == ['1 trial(s) left, all with other workers']
+    assert [row['state'] for row in study_report.rows(study)] == [
+      'lost',
+      'complete',
+    ]
 
 
 def test_ctrl_c_is_no_failure(storage):
