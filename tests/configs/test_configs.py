@@ -159,15 +159,15 @@ def test_encoders(name, arg):
   config = get_config(name, arg)
   assert config.is_locked
   settings = make_settings(config)
-  (stage,) = make_stages(settings.stages)
-  if 'features' not in settings.model:
-    assert settings.pattern == '' and stage.windows is None
-    return
-  for pattern in stage.layer_patterns(
-    settings.pattern, settings.model['num_layers'], causal=False
-  ):
-    assert not pattern.causal
-  assert stage.length <= settings.model['max_positions']
+  for stage in make_stages(settings.stages):
+    if 'features' not in settings.model:
+      assert settings.pattern == '' and stage.windows is None
+      continue
+    for pattern in stage.layer_patterns(
+      settings.pattern, settings.model['num_layers'], causal=False
+    ):
+      assert not pattern.causal
+    assert stage.length <= settings.model['max_positions']
 
 
 def test_the_papers_pretraining_and_fine_tuning():
