@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from orbax import checkpoint as orbax
 
+from experiments import stamp
 from tests.training.helpers import write_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -132,6 +133,12 @@ def whole(config, tmp_path_factory):
 
 def steps(workdir):
   return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+
+
+def test_what_a_record_needs_is_written_down(whole):
+  [start] = stamp.read_starts(whole[0])
+  assert start['command'].startswith('python -m experiments.main --config=')
+  assert {'commit', 'date', 'device', 'versions'} <= start.keys()
 
 
 def test_killed_and_restarted_is_bit_equal_to_never_killed(

@@ -266,11 +266,12 @@ def test_told_to_stop_it_gives_its_trial_back(folder, tmp_path):
       break
   process.communicate(timeout=120)
   assert process.returncode == 143
-  study = studies.optuna.load_study(
-    study_name='s', storage=f'sqlite:///{tmp_path}/study.db'
-  )
-  assert [t.state.name for t in study.trials] == ['FAIL', 'WAITING']
-  assert study.trials[1].intermediate_values
+  storage = studies.open_storage(f'sqlite:///{tmp_path}/study.db', 60)
+  trials = studies.optuna.load_study(study_name='s', storage=storage).trials
+  storage.remove_session()
+  storage.engine.dispose()
+  assert [t.state.name for t in trials] == ['FAIL', 'WAITING']
+  assert trials[1].intermediate_values
 
 
 def test_one_line_for_a_mistake(folder, tmp_path):
