@@ -99,9 +99,9 @@ def stage(length, **keys):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """(config, folder, result) of a run."""
+  """(config, folder, result) of a run of the second stage alone."""
   folder = tmp_path_factory.mktemp('summaries')
-  config = tiny(folder)
+  config = tiny(folder, stages=(stage(64) | dict(steps=6),))
   return config, folder, training.train_and_evaluate(config, folder / 'run')
 
 
@@ -130,7 +130,7 @@ def test_what_a_run_leaves(run):
 
 
 def test_resumed_is_bit_equal(run, tmp_path):
-  """From the middle of the second stage, with the papers as they lie."""
+  """From the middle of a run, with the papers as they lie."""
   config, folder, result = run
   shutil.copytree(folder / 'run', tmp_path / 'run')
   for step in (5, 6):
@@ -153,14 +153,14 @@ def test_resumed_is_bit_equal(run, tmp_path):
 
 @pytest.fixture(scope='module')
 def task(run):
-  config, folder, _ = run
-  config = config | {'data': config['data'] | dict(buckets=(48,))}
+  _, folder, _ = run
+  config = tiny(folder)
+  config['data'] |= dict(buckets=(48,))
   return make_task(make_settings(config), folder / 'run')
 
 
-def test_a_batch_teaches_the_summary(run, task):
-  config, _, _ = run
-  last = make_stages(config['stages'])[1]
+def test_a_batch_teaches_the_summary(task):
+  last = make_stages(task.settings.stages)[1]
   batches = task.make_batches(last, 1)
   papers = {}
   for _ in range(batches.batches_per_epoch):
@@ -178,9 +178,8 @@ def test_a_batch_teaches_the_summary(run, task):
       assert ' '.join(words.split()[-4:]) == summary.removesuffix(' .')
 
 
-def test_a_first_stage_teaches_openings(run, task):
-  config, _, _ = run
-  first = make_stages(config['stages'])[0]
+def test_a_first_stage_teaches_openings(task):
+  first = make_stages(task.settings.stages)[0]
   batch = next(task.make_batches(first, 0))
   assert batch['tokens'].shape == (4, 24) and batch['labels'].shape == (4, 8)
   np.testing.assert_array_equal(batch['labels'][:, :7], batch['tokens'][:, :7])
@@ -215,9 +214,9 @@ def _with(task, **changes):
 
 
 @pytest.mark.full  # Three models, op by op.
-def test_bfloat16_and_recomputed_blocks_change_little(run, task):
-  config, _, _ = run
-  batch = next(task.make_batches(make_stages(config['stages'])[1], 1))
+def test_bfloat16_and_recomputed_blocks_change_little(task):
+  last = make_stages(task.settings.stages)[1]
+  batch = next(task.make_batches(last, 1))
   losses = {}
   for name, changes in {
     'plain': {},
@@ -226,7 +225,7 @@ def test_bfloat16_and_recomputed_blocks_change_little(run, task):
   }.items():
     made = _with(task)
     made._keywords = {**task._keywords, **changes}
-    model = made.make_model(make_stages(config['stages'])[1], nnx.Rngs(0))
+    model = made.make_model(last, nnx.Rngs(0))
     losses[name] = float(made.loss(model, batch, None)[0])
     assert model.dtype == changes.get('dtype', jnp.float32)
   assert losses['remat'] == pytest.approx(losses['plain'], rel=1e-6)
