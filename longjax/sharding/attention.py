@@ -231,6 +231,11 @@ def _start(shard, pattern, branch):
 
 def _globals(shard, pattern, tokens):
   """Keys that every query may see, less those that the pattern shows it."""
+  if 'reference' in shard.options.implementations:
+    raise NotImplementedError(
+      "implementation='reference' with global_tokens across devices: it counts "
+      'a global key that the pattern shows as that pattern does, and so twice'
+    )
   tokens = jnp.asarray(tokens, jnp.int32)
 
   def fetch(x):

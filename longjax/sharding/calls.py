@@ -20,6 +20,12 @@ class Options:
   logit_soft_cap: float | None
   implementation: str | tuple[str, ...] | None
 
+  @property
+  def implementations(self) -> tuple[str, ...]:
+    """Those that were named."""
+    named = self.implementation or ()
+    return (named,) if isinstance(named, str) else named
+
 
 class Dropout(NamedTuple):
   """What names the entries that are dropped.

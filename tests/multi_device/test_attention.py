@@ -420,6 +420,12 @@ def test_partial_results_merge_over_the_axis():
       ValueError,
       'the position of the first row',
     ),
+    (
+      longjax.SlidingWindow(9),
+      GLOBAL | {'implementation': ['xla', 'reference']},
+      NotImplementedError,
+      "'reference' with global_tokens across devices",
+    ),
   ],
 )
 def test_refusals(pattern, options, error, message):
