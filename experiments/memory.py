@@ -148,6 +148,8 @@ def plot(lines: list[dict], path: pathlib.Path):
       name = ', '.join(
         str(line[key]) for key in ('device', 'schedule', 'remat')
       )
+      if line.get('remat_blocks', 1) > 1:
+        name += f', inputs of 1 in {line["remat_blocks"]} blocks'
       groups.setdefault(name, []).append((line['length'], line['peak_gib']))
   for name, points in groups.items():
     axes.plot(*zip(*sorted(points), strict=True), 'o-', label=name)
@@ -174,6 +176,7 @@ def main(argv=None):
   add('--lengths', default='131072', help='with commas between')
   add('--schedule', choices=SCHEDULES, default='paper')
   add('--remat', choices=tuple(POLICIES), default='block')
+  add('--remat_blocks', type=int, default=1)
   add('--implementation', default='xla')
   add('--plot', action='store_true', help='only draw what is there')
   args = parser.parse_args(argv)
@@ -192,6 +195,7 @@ def main(argv=None):
       length,
       args.schedule,
       remat=args.remat,
+      remat_blocks=args.remat_blocks,
       implementation=args.implementation,
     )
     # Nothing runs on the device that is compiled for: that is the line's own.

@@ -232,6 +232,7 @@ def main(argv=None):
   add('--growth', type=int, default=64)
   add('--ratio', type=int, help='of segments longer than a share')
   add('--remat', choices=tuple(POLICIES), default='block')
+  add('--remat_blocks', type=int, default=1)
   add('--implementation', default='xla')
   add('--table', action='store_true', help='compile all of the table')
   args = parser.parse_args(argv)
@@ -247,6 +248,7 @@ def main(argv=None):
         growth=growth,
         ratio=args.ratio,
         remat=args.remat,
+        remat_blocks=args.remat_blocks,
         implementation=args.implementation,
       )
     except ValueError as error:

@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,7 +18,12 @@ from longjax.nn.embedding import (
   relative_embedding,
   token_positions,
 )
-from longjax.nn.memory import check_remat, checkpointed
+from longjax.nn.memory import (
+  check_remat,
+  check_remat_blocks,
+  checkpointed,
+  through_layers,
+)
 from longjax.nn.transformer import (
   Block,
   make_norm,
@@ -74,6 +78,7 @@ class DecoderLM(nnx.Module):
     dropout_rate: float = 0.0,
     attention_dropout_rate: float = 0.0,
     remat: bool | str = False,
+    remat_blocks: int = 1,
     mlp_piece: int | None = None,
     scan_layers: bool = False,
     dtype=jnp.float32,
@@ -118,6 +123,8 @@ class DecoderLM(nnx.Module):
       attention_dropout_rate: on the attention weights.
       remat: what the backward pass computes again: a name in
         `longjax.nn.memory.POLICIES`; True for all of each block.
+      remat_blocks: blocks in a row of which only the first one's input is kept,
+        see `longjax.nn.memory.through_layers`.
       mlp_piece: positions of the MLP at a time, which the backward pass
         computes again; None for all, kept.
       scan_layers: a loop over the layers, which then must have one pattern and
@@ -180,7 +187,9 @@ class DecoderLM(nnx.Module):
     self.logit_soft_cap = logit_soft_cap
     self.dropout_rate = dropout_rate
     check_remat(remat)
+    check_remat_blocks(remat_blocks, num_layers, scan_layers)
     self.remat = remat
+    self.remat_blocks = remat_blocks
     self.scan_layers = scan_layers
     self.dtype = jnp.dtype(dtype)
 
@@ -351,23 +360,14 @@ class DecoderLM(nnx.Module):
       )
       return checkpointed(call, self.remat)(x)
 
-    if self.scan_layers:
-      x = self._scan(run, x)
-    else:
-      for number, block in enumerate(self.layers):
-        x = run(block, number, x)
+    x = through_layers(
+      run,
+      self.layers,
+      x,
+      scan=self.scan_layers,
+      remat_blocks=self.remat_blocks,
+    )
     return self._finish(x, dropout_key)
-
-  def _scan(self, run, x):
-    """`run` of all layers, which differ in their parameters only."""
-    graphs, states = zip(*map(nnx.split, self.layers), strict=True)
-    stacked = jax.tree.map(lambda *y: jnp.stack(y), *states)
-
-    def one(x, layer):
-      number, state = layer
-      return run(nnx.merge(graphs[0], state), number, x), None
-
-    return jax.lax.scan(one, x, (jnp.arange(len(graphs)), stacked))[0]
 
   def _stream(self, tokens, segment_ids, positions, dropout_key, cache):
     """`__call__` with a cache."""

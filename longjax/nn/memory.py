@@ -4,10 +4,11 @@ Ways to trade time for memory: `jax.checkpoint` with a named policy around each
 block, and pieces of the sequence one after the other where tokens do not meet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from longjax.ops.call import SAVED
 from longjax.sharding import shards
@@ -43,6 +44,68 @@ def checkpointed(f: Callable, remat: bool | str) -> Callable:
   if remat is False:
     return f
   return jax.checkpoint(f, policy=POLICIES['block' if remat is True else remat])
+
+
+def check_remat_blocks(remat_blocks: int, num_layers: int, scan: bool):
+  """Raises ValueError unless `through_layers` takes it."""
+  if remat_blocks < 1:
+    raise ValueError(f'remat_blocks must be at least 1, got {remat_blocks}')
+  if scan and num_layers % remat_blocks:
+    raise ValueError(
+      f'remat_blocks {remat_blocks} does not divide the {num_layers} layers, '
+      'as it has to with scan_layers'
+    )
+
+
+def through_layers(
+  run: Callable,
+  layers: Sequence[nnx.Module],
+  x,
+  *,
+  scan: bool = False,
+  remat_blocks: int = 1,
+):
+  """x after all layers.
+
+  Args:
+    run: (layer, its number, x) -> x.
+    layers: in their order.
+    x: the first one's input.
+    scan: in a loop, so that one layer is compiled: they may then differ in
+      their parameters only.
+    remat_blocks: of so many layers in a row the input of the first is kept for
+      the backward pass, which computes those of the others again: one more
+      forward pass if 2 or more, and inputs of layers / remat_blocks +
+      remat_blocks in memory instead of one for each layer.
+  """
+  if not scan:
+    for first in range(0, len(layers), remat_blocks):
+      some = range(first, min(first + remat_blocks, len(layers)))
+
+      def run_some(x, some=some):
+        for number in some:
+          x = run(layers[number], number, x)
+        return x
+
+      x = checkpointed(run_some, remat_blocks > 1)(x)
+    return x
+  graphs, states = zip(*map(nnx.split, layers), strict=True)
+  stacked = jax.tree.map(lambda *y: jnp.stack(y), *states)
+
+  def one(x, layer):
+    number, state = layer
+    return run(nnx.merge(graphs[0], state), number, x), None
+
+  def run_all(x, layers):
+    return jax.lax.scan(one, x, layers)[0], None
+
+  numbered = (jnp.arange(len(graphs)), stacked)
+  if remat_blocks == 1:
+    return run_all(x, numbered)[0]
+  grouped = jax.tree.map(
+    lambda y: y.reshape(-1, remat_blocks, *y.shape[1:]), numbered
+  )
+  return jax.lax.scan(checkpointed(run_all, True), x, grouped)[0]
 
 
 def in_pieces(f: Callable, size: int | None, *arrays):

@@ -135,4 +135,16 @@ def test_errors():
     DecoderLM(
       11, 1, 8, 1, patterns=SlidingWindow(1), mlp_piece=0, rngs=nnx.Rngs(0)
     )
+  for blocks, message in ((0, 'at least 1, got 0'), (2, '2 does not divide')):
+    with pytest.raises(ValueError, match=f'remat_blocks .*{message}'):
+      DecoderLM(
+        11,
+        3,
+        8,
+        1,
+        patterns=SlidingWindow(1),
+        remat_blocks=blocks,
+        scan_layers=True,
+        rngs=nnx.Rngs(0),
+      )
   assert checkpointed(abs, False) is abs
