@@ -11,13 +11,13 @@ Figure 7b: the last bytes of windows of growing length that all end at the same
 places.
 """
 
+import argparse
 import itertools
 import json
 import pathlib
 import sys
 
 import numpy as np
-from absl import app, flags
 
 import longjax
 from configs import longnet_context
@@ -26,47 +26,73 @@ from longjax import training
 from longjax.evaluation import flops
 from longjax.evaluation.length import streamed_losses
 
-_OUT = flags.DEFINE_string('out', None, 'Folder of the record.')
-_RUNS = flags.DEFINE_string(
-  'runs', 'runs/longnet_context', 'Folder of the runs themselves.'
-)
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many seeds; dense has one.')
-_TOKENS = flags.DEFINE_integer('tokens', 2**20, 'Bytes that a run trains on.')
-_LENGTHS = flags.DEFINE_list('lengths', ['512', '2048', '8192'], 'Trained at.')
-_TESTED = flags.DEFINE_list(
-  'tested', ['512', '2048', '8192', '32768'], 'Tested at.'
-)
-_RUNLOCAL = flags.DEFINE_bool('runlocal', False, 'Seconds for each: a test.')
-
 # Bytes scored at the end of a window, and between the ends of two windows.
 SUFFIX, APART = 128, 1024
 # Bytes that a call scores: a test sequence of any length fits.
 _CALL = 32_768
 
 
-def main(argv):
-  del argv
-  lengths, tested = (
-    sorted(map(int, flag.value)) for flag in (_LENGTHS, _TESTED)
+def parse(argv):
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  add = parser.add_argument
+  add('--out', type=pathlib.Path, required=True, help='folder of the record')
+  add(
+    '--runs',
+    type=pathlib.Path,
+    default=pathlib.Path('runs/longnet_context'),
+    help='folder of the runs themselves',
+  )
+  add('--seeds', type=int, default=3, help='how many; dense has one')
+  add('--tokens', type=int, default=2**20, help='bytes that a run trains on')
+  add('--lengths', type=int, nargs='+', default=[512, 2048, 8192])
+  add('--tested', type=int, nargs='+', default=[512, 2048, 8192, 32_768])
+  add('--runlocal', action='store_true', help='seconds for each: a test')
+  args = parser.parse_args(argv)
+  if args.seeds < 1:
+    parser.error(f'--seeds must be at least 1, got {args.seeds}')
+  if min(args.tested) < 2 or max(args.tested) > _CALL:
+    parser.error(
+      f'--tested must lie in 2 ... {_CALL}, got {min(args.tested)} to '
+      f'{max(args.tested)}'
+    )
+  try:
+    for length in args.lengths:
+      longnet_context.get_config(f'length={length},tokens={args.tokens}')
+  except ValueError as error:
+    parser.error(str(error))
+  return args
+
+
+def main(argv=None):
+  args = parse(argv)
+  longest = max(args.lengths)
   wanted = [
     (attention, length, seed)
     for attention, length, seed in itertools.product(
-      longnet_context.ATTENTION, lengths, range(_SEEDS.value)
+      longnet_context.ATTENTION, sorted(args.lengths), range(args.seeds)
     )
-    if attention != 'dense' or (length == lengths[-1] and not seed)
+    if attention != 'dense' or (length == longest and not seed)
   ]
   results = []
   for attention, length, seed in wanted:
-    name = f'{attention}_{length}_{_TOKENS.value}_seed{seed}'
+    name = f'{attention}_{length}_{args.tokens}_seed{seed}'
     print(name, file=sys.stderr)
-    results.append(
-      run(attention, length, seed, tested, pathlib.Path(_RUNS.value, name))
+    arg = (
+      f'attention={attention},length={length},seed={seed},tokens={args.tokens}'
     )
-  out = pathlib.Path(_OUT.value)
+    config = longnet_context.get_config(
+      arg + (',runlocal' if args.runlocal else '')
+    )
+    results.append(
+      {'attention': attention, 'length': length, 'seed': seed}
+      | run(config, sorted(args.tested), args.runs / name)
+    )
+  out = args.out
   out.mkdir(parents=True, exist_ok=True)
   found = {
-    **stamp.stamp(stamp.command('experiments.longnet_context')),
+    **stamp.stamp(stamp.command('experiments.longnet_context', argv)),
     'suffix': SUFFIX,
     'apart': APART,
     'results': results,
@@ -78,17 +104,12 @@ def main(argv):
     print(out / name)
 
 
-def run(attention, length, seed, tested, workdir: pathlib.Path) -> dict:
+def run(config, tested, workdir: pathlib.Path) -> dict:
   """Trains and measures one model, or reads what it gave."""
   finished = workdir / 'context.json'
   if finished.exists():
     return json.loads(finished.read_text())
-  arg = (
-    f'attention={attention},length={length},seed={seed},tokens={_TOKENS.value}'
-  )
-  config = longnet_context.get_config(
-    arg + (',runlocal' if _RUNLOCAL.value else '')
-  )
+  length = config.stages[0]['length']
   trained = training.train_and_evaluate(config, workdir)
   loaded = training.load(config, workdir)
   pattern = loaded.model.patterns[0]
@@ -120,9 +141,6 @@ def run(attention, length, seed, tested, workdir: pathlib.Path) -> dict:
     windows[window] = float(last.mean(dtype=np.float64))
   pairs = flops.visible_pairs(pattern, length, config.model.num_heads)
   result = {
-    'attention': attention,
-    'length': length,
-    'seed': seed,
     'pattern': repr(pattern),
     'keys_per_query': sum(pairs) / len(pairs) / length,
     'parameters': trained['parameters'],
@@ -212,8 +230,7 @@ def draw_windows(results, path):
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('out')
   try:
-    app.run(main)
+    main()
   except (ValueError, OSError, training.CheckpointError) as e:
     sys.exit(f'error: {e}')

@@ -196,6 +196,8 @@ def test_takes_a_step(name, tmp_path):
   config.data.name = 'text'
   config.data.path = str(write_text(tmp_path / 'text.txt', words=2000))
   config.data.loader = 'numpy'
+  if 'min_document_bytes' in config.data:
+    config.data.min_document_bytes = 0
   config.model.update(features=16, mlp_features=32)
   config.model.num_heads = 4
   stage = dict(config.stages[0]) | dict(
