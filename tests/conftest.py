@@ -20,6 +20,9 @@ for _name, _value in {
   # GPU kernels holds one for each warpgroup that waits at a barrier: with two
   # cores, the third that would release them never runs.
   'NPROC': '8',
+  # Most of a test's time is compiling, and most of that is optimising what runs
+  # once; a test that wants it asks for the fixture `optimised`.
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   # Figures are drawn to files; never look for a display.
   'MPLBACKEND': 'Agg',
 }.items():
@@ -41,6 +44,15 @@ if importlib.util.find_spec('hypothesis'):
   hypothesis.settings.load_profile('repeatable')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def optimised():
+  """Compilers do all they can: for tests that read what they made."""
+  from tests import optimising
+
+  with optimising.optimised():
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -8,6 +8,8 @@ import pytest
 from experiments.benchmarks import cases, jax_worker
 from tests.ops.pallas import compiling
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 # Bytes in use at most, over those of inputs and results: nothing else of that
 # size is there. Longformer adds the rows of global queries; LongNet holds its
 # branches' results, and copies where a ratio does not divide its segment.

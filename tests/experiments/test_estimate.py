@@ -13,6 +13,8 @@ from experiments import activations, estimate, flops, targets
 from longjax import DecoderLM
 from longjax.training.settings import make_settings
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 MIB = 2**20
 SHEET = jax.ShapeDtypeStruct((512, 512), jnp.float32)  # of one MiB
 

@@ -8,6 +8,8 @@ from experiments import memory, targets
 from experiments.benchmarks import longnet_runtime
 from longjax import Dilated
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 
 def test_schedules():
   assert memory.make_pattern('geometric', 2048) == Dilated((2048,), (1,))

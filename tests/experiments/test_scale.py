@@ -5,6 +5,8 @@ import pytest
 from experiments import collectives, scale, targets
 from longjax import Dilated
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 SMALL = dict(
   num_layers=2, features=32, num_heads=2, mlp_features=128, mlp_piece=2048
 )

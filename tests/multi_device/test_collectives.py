@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import longjax
 from longjax.sharding import make_mesh, sharded_attention
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 DEVICES, SHARD, HEADS, KV_HEADS, SIZE = 8, 32, 4, 2, 8
 LENGTH = DEVICES * SHARD
 ROW = KV_HEADS * SIZE * 4  # bytes of one key, or one value

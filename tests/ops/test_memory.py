@@ -6,6 +6,8 @@ import pytest
 
 import longjax
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 HEADS, SIZE = 4, 16
 CASES = {
   'window': (

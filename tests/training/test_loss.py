@@ -58,6 +58,7 @@ def test_pieces_change_neither_loss_nor_gradient(options):
       )
 
 
+@pytest.mark.usefixtures('optimised')
 def test_a_large_vocabulary_needs_no_more_memory_than_a_piece():
   merge, params = split(
     DecoderLM(

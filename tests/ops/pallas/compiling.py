@@ -9,6 +9,7 @@ import tempfile
 from typing import NamedTuple
 
 from experiments import targets
+from tests.optimising import optimised
 
 _DUMPS = ('MOSAIC_GPU_DUMP_PTXAS', 'MOSAIC_GPU_DUMP_RESOURCES')
 
@@ -63,7 +64,8 @@ def tpu(kind: str, f, *arguments) -> Program:
 
 
 def _compile(kind, f, arguments):
-  compiled = targets.compile_for(kind, f, *arguments)
+  with optimised():
+    compiled = targets.compile_for(kind, f, *arguments)
   memory = compiled.memory_analysis()
   return Program(
     memory.peak_memory_in_bytes, memory.temp_size_in_bytes, compiled.as_text()

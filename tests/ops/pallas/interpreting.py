@@ -29,16 +29,10 @@ RACE = 'RACE DETECTED'
 
 @contextlib.contextmanager
 def interpreter():
-  """An exception in one kernel is not another's; what is compiled is not
-  optimised, which is most of a small case's time.
-  """
-  quick = 'jax_disable_most_optimizations'
-  saved = jax.config.read(quick)
-  jax.config.update(quick, True)
+  """An exception in one kernel is not another's."""
   try:
     yield
   finally:
-    jax.config.update(quick, saved)
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
