@@ -1,6 +1,9 @@
 """Set-up shared by every test: the environment JAX starts in, and data."""
 
+import contextlib
+import gc
 import importlib.util
+import itertools
 import os
 import pathlib
 
@@ -44,6 +47,26 @@ if importlib.util.find_spec('hypothesis'):
   hypothesis.settings.load_profile('repeatable')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Linux maps at most 65,530 pieces of memory into a process (vm.max_map_count).
+# Each compiled program takes several, and XLA crashes where there are no more.
+MOST_MAPS = 25_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+  """Once in a while, if there is much of it."""
+  yield
+  if next(_tests) % 10:
+    return
+  maps = 0
+  with contextlib.suppress(OSError), open('/proc/self/maps') as lines:
+    maps = sum(1 for _ in lines)
+  if maps > MOST_MAPS:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
