@@ -270,8 +270,8 @@ class AttentionTests:
     Args:
       dtype: of the inputs, where it is not the class's.
       rotated: queries and keys are rounded again before their products.
-      cancelling: of dq and dk next to nothing may be left, as where a query
-        sees one key: what 16 bits round is then as large as dv.
+      cancelling: queries may see one key, or few. Next to nothing is then left
+        of dq and dk, and what 16 bits round is of the size of dv.
     """
     bounds = self.bounds
     if dtype not in (None, jnp.dtype(self.dtype)):
@@ -293,7 +293,8 @@ class AttentionTests:
       error = np.abs(a - b).max() / largest
       bound = bounds.get(name, bounds['gradient']) * (1 + rotated)
       if name == 'lse' and rotated and self.dtype != jnp.float32:
-        bound = 5e-3
+        # Of one key it is the logit, and its rounding is not averaged out.
+        bound = 1.5e-2 if cancelling else 5e-3
       assert error <= bound, f'{name} is off by {error:.2e}'
 
   # --- Tests -----------------------------------------------------------------
