@@ -146,7 +146,10 @@ class Part:
     self.num_keys, kv_heads = x.k.shape[1:3]
     group = num_heads // kv_heads
     self._kv = slice(heads.start // group, (heads.stop - 1) // group + 1)
-    self.start, self.own_globals = min(start, self.num_keys), own_globals
+    self._moving = where.q_offset is not None or where.k_offset is not None
+    # Positions before it are start keys; those of moved keys begin anywhere.
+    self.start = start if self._moving else min(start, self.num_keys)
+    self.own_globals = own_globals
     self.residues = branch.stride
     # Rows of queries and keys in a sequence, in positions.
     self.queries, self.keys, self.segments = self.num_queries, self.num_keys, 1
@@ -159,7 +162,6 @@ class Part:
       self.segments = -(-self.num_queries // branch.block)
       self.queries, self.keys = branch.block, 2 * branch.block
     self.pieces = self._pieces(kernels)
-    self._moving = where.q_offset is not None or where.k_offset is not None
     self._by_id = where.q_doc is not None or self._ragged()
     residues = None
     if branch.offsets is not None:
