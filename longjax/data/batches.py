@@ -27,7 +27,59 @@ LOADERS = ('grain', 'numpy')
 _log = logging.getLogger(__name__)
 
 
-class Batches:
+def check_share(batch_size, process_index, process_count, seed, loader):
+  """Raises ValueError unless batches can be shared so among processes."""
+  for name, value in {
+    'batch_size': batch_size,
+    'process_count': process_count,
+  }.items():
+    if operator.index(value) < 1:
+      raise ValueError(f'{name}={value} must be at least 1')
+  if batch_size % process_count:
+    raise ValueError(
+      f'batch_size={batch_size} does not divide over {process_count} processes'
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'process_index={process_index} is not in [0, {process_count})'
+    )
+  if operator.index(seed) < 0:
+    raise ValueError(f'seed={seed} must not be negative')
+  if loader not in LOADERS:
+    raise ValueError(f'loader={loader!r} is not one of {", ".join(LOADERS)}')
+
+
+class Resumable:
+  """An endless iterator of batches that goes on where another one stood.
+
+  Subclasses set `_stream`, with `seek(batches taken)`, `_taken`, and
+  `_identity`: what the stream depends on, which JSON can hold.
+  """
+
+  def __iter__(self):
+    return self
+
+  def get_state(self) -> dict:
+    """Where the iterator stands: a small dict that JSON can hold."""
+    return {**self._identity, 'batches_taken': self._taken}
+
+  def set_state(self, state: dict) -> None:
+    """Continues exactly after the batches that `state` had yielded.
+
+    Raises:
+      ValueError: the state is of other data or other arguments.
+    """
+    for name, value in self._identity.items():
+      if state.get(name) != value:
+        raise ValueError(
+          f'the saved place in the data has {name}={state.get(name)}, this'
+          f' iterator {name}={value}: they are not the same stream'
+        )
+    self._taken = operator.index(state['batches_taken'])
+    self._stream.seek(self._taken)
+
+
+class Batches(Resumable):
   """Endless iterator of {'tokens': int32 [local batch, length / parts + 1]}.
 
   Attributes:
@@ -75,29 +127,15 @@ class Batches:
       )
     for name, value in {
       'length': length,
-      'batch_size': batch_size,
-      'process_count': process_count,
       'parts': parts,
     }.items():
       if operator.index(value) < 1:
         raise ValueError(f'{name}={value} must be at least 1')
-    if batch_size % process_count:
-      raise ValueError(
-        f'batch_size={batch_size} does not divide over {process_count}'
-        ' processes'
-      )
-    if not 0 <= process_index < process_count:
-      raise ValueError(
-        f'process_index={process_index} is not in [0, {process_count})'
-      )
+    check_share(batch_size, process_index, process_count, seed, loader)
     if length % parts or not 0 <= part < parts:
       raise ValueError(
         f'part={part} is none of parts={parts} that length={length} has'
       )
-    if operator.index(seed) < 0:
-      raise ValueError(f'seed={seed} must not be negative')
-    if loader not in LOADERS:
-      raise ValueError(f'loader={loader!r} is not one of {", ".join(LOADERS)}')
     if len(tokens) < length + 1:
       raise ValueError(
         f'{len(tokens)} tokens hold no sequence of length {length}: at least'
@@ -134,9 +172,6 @@ class Batches:
       self.dropped_tokens,
     )
 
-  def __iter__(self):
-    return self
-
   def __next__(self) -> dict[str, np.ndarray]:
     tokens = next(self._stream)
     self._taken += 1
@@ -146,25 +181,6 @@ class Batches:
   def epoch(self) -> int:
     """How many whole epochs have been yielded."""
     return self._taken * self._batch_size // self.sequences_per_epoch
-
-  def get_state(self) -> dict:
-    """Where the iterator stands: a small dict that JSON can hold."""
-    return {**self._identity, 'batches_taken': self._taken}
-
-  def set_state(self, state: dict) -> None:
-    """Continues exactly after the batches that `state` had yielded.
-
-    Raises:
-      ValueError: the state is of other tokens or other arguments.
-    """
-    for name, value in self._identity.items():
-      if state.get(name) != value:
-        raise ValueError(
-          f'the saved place in the data has {name}={state.get(name)}, this'
-          f' iterator {name}={value}: they are not the same stream'
-        )
-    self._taken = operator.index(state['batches_taken'])
-    self._stream.seek(self._taken)
 
 
 class _Sequences:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from longjax.data import optional
-from longjax.data.batches import LOADERS
+from longjax.data.batches import Resumable, check_share
 
 # In place of an example, a row that does not count.
 FILLER = -1
@@ -47,7 +47,7 @@ def bucket_of(lengths, buckets: Sequence[int]) -> np.ndarray:
   return np.searchsorted(edges, lengths)
 
 
-class BucketedBatches:
+class BucketedBatches(Resumable):
   """Endless iterator of what `collate` makes of the rows of a batch.
 
   Attributes:
@@ -92,25 +92,7 @@ class BucketedBatches:
     """
     if not len(lengths):
       raise ValueError('there are no examples to make batches of')
-    for name, value in {
-      'batch_size': batch_size,
-      'process_count': process_count,
-    }.items():
-      if operator.index(value) < 1:
-        raise ValueError(f'{name}={value} must be at least 1')
-    if batch_size % process_count:
-      raise ValueError(
-        f'batch_size={batch_size} does not divide over {process_count}'
-        ' processes'
-      )
-    if not 0 <= process_index < process_count:
-      raise ValueError(
-        f'process_index={process_index} is not in [0, {process_count})'
-      )
-    if operator.index(seed) < 0:
-      raise ValueError(f'seed={seed} must not be negative')
-    if loader not in LOADERS:
-      raise ValueError(f'loader={loader!r} is not one of {", ".join(LOADERS)}')
+    check_share(batch_size, process_index, process_count, seed, loader)
     lengths = np.asarray(lengths, np.int64)
     source = _Batches(
       bucket_of(lengths, buckets),
@@ -135,9 +117,6 @@ class BucketedBatches:
     make = {'grain': _Ahead, 'numpy': _WhenAsked}[loader]
     self._stream = make(source)
 
-  def __iter__(self):
-    return self
-
   def __next__(self):
     batch = next(self._stream)
     self._taken += 1
@@ -147,25 +126,6 @@ class BucketedBatches:
   def epoch(self) -> int:
     """How many whole epochs have been yielded."""
     return self._taken // self.batches_per_epoch
-
-  def get_state(self) -> dict:
-    """Where the iterator stands: a small dict that JSON can hold."""
-    return {**self._identity, 'batches_taken': self._taken}
-
-  def set_state(self, state: dict) -> None:
-    """Continues exactly after the batches that `state` had yielded.
-
-    Raises:
-      ValueError: the state is of other examples or other arguments.
-    """
-    for name, value in self._identity.items():
-      if state.get(name) != value:
-        raise ValueError(
-          f'the saved place in the data has {name}={state.get(name)}, this'
-          f' iterator {name}={value}: they are not the same stream'
-        )
-    self._taken = operator.index(state['batches_taken'])
-    self._stream.seek(self._taken)
 
 
 class _Batches:
