@@ -116,15 +116,17 @@ def start(url, trials, seconds):
 
 
 def test_a_killed_worker_loses_one_trial_which_is_tried_again(url):
-  # Two at once: tickets are taken once, by whoever comes first.
-  workers = [start(url, 8, 60), start(url, 8, 0)]
-  lines = iter(workers[0].stdout)
-  word, number, x = next(lines).split()
-  assert word == 'start'
-  workers[0].kill()
-  out, _ = workers[1].communicate(timeout=120)
-  assert workers[1].returncode == 0, out
-  workers[0].communicate()
+  with contextlib.ExitStack() as stack:
+    slow = stack.enter_context(start(url, 8, 60))
+    stack.callback(slow.kill)
+    word, number, x = slow.stdout.readline().split()
+    assert word == 'start'
+    # Two at once: a ticket is taken once, by whoever comes first.
+    others = [stack.enter_context(start(url, 8, 0)) for _ in range(2)]
+    slow.kill()
+    for other in others:
+      out, _ = other.communicate(timeout=120)
+      assert other.returncode == 0, out
 
   with opened(url) as storage:
     study = optuna.load_study(study_name='s', storage=storage)
