@@ -32,8 +32,9 @@ demo: .venv/.made-demo
 	$(PYTHON) -m experiments.main --config=configs/demo.py --workdir=runs/demo
 
 # A process for each core: most of a test is compiling. A file's tests stay
-# together, since they share what was compiled.
-PYTEST := $(PYTHON) -m pytest -n auto --dist loadfile
+# together, since they share what was compiled; and files keep their order, of
+# which tests/conftest.py puts the longest first.
+PYTEST := $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

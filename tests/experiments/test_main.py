@@ -199,30 +199,70 @@ def test_evaluate_and_sample(whole, config):
   assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-  ('args', 'code', 'message'),
-  [
-    (
-      ['--config.modle.features=4'],
-      2,
-      "'modle' in the config: did you mean 'm",
-    ),
-    (['--config.stages[0].lenght=4'], 2, "did you mean 'length'"),
-    (['--config.seed=abc'], 2, "invalid literal for int() with base 10: 'abc'"),
-    (['--workdr=x'], 2, "flag 'workdr'. Did you mean: workdir"),
-    (['--config=configs/none.py'], 2, 'cannot load the config: [Errno 2] No s'),
-    (['--config.stages[7].steps=1'], 2, 'index out of range'),
-    (
-      ['--config=configs/demo.py:runlocl'],
-      2,
-      "error: config argument 'runlocl' is not one of runlocal",
-    ),
-    (['--config.data.path=no_such_file'], 1, 'no_such_file'),
-    (['--mode=evaluate'], 1, 'no folder'),
-  ],
+MISTAKES = (
+  ('--config.modle.features=4', 2, "'modle' in the config: did you mean 'm"),
+  ('--config.stages[0].lenght=4', 2, "did you mean 'length'"),
+  ('--config.seed=abc', 2, "invalid literal for int() with base 10: 'abc'"),
+  ('--workdr=x', 2, "flag 'workdr'. Did you mean: workdir"),
+  ('--config=configs/none.py', 2, 'cannot load the config: [Errno 2] No s'),
+  ('--config.stages[7].steps=1', 2, 'index out of range'),
+  (
+    '--config=configs/demo.py:runlocl',
+    2,
+    "error: config argument 'runlocl' is not one of runlocal",
+  ),
+  ('--config.data.path=no_such_file', 1, 'no_such_file'),
+  ('--mode=evaluate', 1, 'no folder'),
 )
-def test_mistakes_are_one_line(config, tmp_path, args, code, message):
-  got, out, err = run(config, tmp_path / 'none', *args)
+# The program's imports are most of what a mistake costs; each is made in a
+# child of one process that has them. argv: config, workdir, mistakes.
+MAKE_MISTAKES = """
+import json, os, sys, tempfile, warnings
+from absl import app
+from experiments import cli, main
+
+warnings.simplefilter('ignore')  # JAX's of forks: it has computed nothing yet
+config, workdir, *mistakes = sys.argv[1:]
+answers = []
+for number, mistake in enumerate(mistakes):
+  with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+    child = os.fork()
+    if not child:
+      os.dup2(out.fileno(), 1)
+      os.dup2(err.fileno(), 2)
+      sys.argv = ['', f'--config={config}', f'--workdir={workdir}/{number}']
+      sys.argv.append(mistake)
+      app.run(main._main, flags_parser=cli.parse_flags)
+    _, status = os.waitpid(child, 0)
+    texts = []
+    for file in (out, err):
+      file.seek(0)
+      texts.append(file.read())
+    answers.append((os.waitstatus_to_exitcode(status), *texts))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope='module')
+def answers(config, tmp_path_factory):
+  """{mistake: (exit code, out, err)}."""
+  mistakes = [mistake for mistake, _, _ in MISTAKES]
+  workdir = tmp_path_factory.mktemp('mistakes') / 'none'
+  done = subprocess.run(
+    [sys.executable, '-c', MAKE_MISTAKES, config, workdir, *mistakes],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=180,
+  )
+  assert done.returncode == 0, done.stderr
+  return dict(zip(mistakes, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize(('mistake', 'code', 'message'), MISTAKES)
+def test_mistakes_are_one_line(answers, mistake, code, message):
+  got, out, err = answers[mistake]
   assert got == code, err
   assert message in err
   assert len(err.strip().splitlines()) == 1 and err.startswith('error: ')

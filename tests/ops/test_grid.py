@@ -13,12 +13,12 @@ def check(number):
   check_against_reference(inputs, pattern, narrow=narrow, **options)
 
 
-@pytest.mark.parametrize('number', range(20))
+@pytest.mark.parametrize('number', range(12))
 def test_case(number):
   check(number)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize('number', range(20, 400))
+@pytest.mark.parametrize('number', range(12, 400))
 def test_more_cases(number):
   check(number)

@@ -188,7 +188,7 @@ SIMULATED_STRUCTURES = (
 )
 
 
-SIMULATED_WHERE = ('two_sided', 'shifted')
+SIMULATED_WHERE = 'shifted'
 
 
 def structure(name, where):
@@ -212,7 +212,7 @@ CASES = [
 SIMULATED_CASES = [
   (name, where)
   for name, where in CASES
-  if name in SIMULATED_STRUCTURES and where in SIMULATED_WHERE
+  if name in SIMULATED_STRUCTURES and where == SIMULATED_WHERE
 ]
 
 
