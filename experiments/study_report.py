@@ -57,6 +57,14 @@ def _cell(value):
   return value if isinstance(value, int | float | str) else str(value)
 
 
+def _evaluator(done: int):
+  """PED-ANOVA, of what sets the best tenth apart, or the best five trials."""
+  share = min(max(0.1, 5 / done), 0.5)
+  return optuna.importance.PedAnovaImportanceEvaluator(
+    target_quantile=share, evaluate_on_local=False
+  )
+
+
 def summary(study) -> dict:
   """What study.json has besides the stamp."""
   plan = study.user_attrs['plan']
@@ -80,7 +88,9 @@ def summary(study) -> dict:
     if len(done) > 1:
       with studies.quiet():
         warnings.simplefilter('ignore')
-        values['importances'] = optuna.importance.get_param_importances(study)
+        values['importances'] = optuna.importance.get_param_importances(
+          study, evaluator=_evaluator(len(done))
+        )
   return values
 
 
@@ -121,10 +131,10 @@ def _draw(study, values, folder):
       study, target_name=name
     ),
     'importances': lambda: pictures.plot_param_importances(
-      study, target_name=name
+      study, evaluator=_evaluator(len(complete)), target_name=name
     ),
-    'parallel_coordinates': lambda: pictures.plot_parallel_coordinate(
-      study, target_name=name
+    'parallel_coordinates': lambda: _readable(
+      pictures.plot_parallel_coordinate(study, target_name=name)
     ),
   }
   for file, make in made.items():
@@ -137,3 +147,13 @@ def _draw(study, values, folder):
       figure.axes[0].set_title(title)
       figure.savefig(folder / f'{file}.png', dpi=100, bbox_inches='tight')
     pyplot.close(figure)
+
+
+def _readable(axes):
+  """Every line is seen, and names of choices have room beside the colours."""
+  [*_, colours] = (a for a in axes.figure.axes if a.get_label() == '<colorbar>')
+  left, bottom, width, height = colours.get_position().bounds
+  colours.set_position((left + 0.12, bottom, width, height))
+  for lines in axes.collections:
+    lines.set_cmap('viridis')
+  return axes
