@@ -181,7 +181,9 @@ def _problems_of(record, folder):
   if not _FIGURE.search(summary):
     yield 'the summary takes no figure from a file: {FILE/KEY/...:FORMAT}'
   try:
-    render(folder, summary)
+    left = re.search(r'\{[^{}]*\}', render(folder, summary))
+    if left:
+      yield f'{left[0]} has no format: end it with : or, say, :.3f'
   except RecordError as error:
     yield str(error)
   if 'prefix' not in summary and _on_a_prefix(folder):

@@ -304,6 +304,11 @@ def main(argv):
   url = FLAGS.storage or f'sqlite:///{workdir.absolute() / "study.db"}'
   storage = studies.open_storage(url, FLAGS.heartbeat)
   study = studies.begin(storage, plan, points)
+  if FLAGS.worker == 0 or FLAGS.parallel == 1:
+    # Not the process that waits for workers: asked for its device, JAX would
+    # take what they need of it.
+    command = stamp.command('experiments.sweep').removesuffix(' --worker=0')
+    stamp.write_start(workdir, command)
   if is_worker or FLAGS.parallel == 1:
     studies.work(
       storage,

@@ -73,6 +73,10 @@ BREAKS = {
     lambda f: change(f, summary='{results.json/bits:.3f}'),
     "no file for the figure 'results.json/bits'",
   ),
+  'no format': (
+    lambda f: change(f, summary='{result.json/step:} and {result.json/step}'),
+    '{result.json/step} has no format',
+  ),
   'no number': (
     lambda f: change(f, summary='{result.json/data:.3f}'),
     "'python_source', which '.3f' cannot format",

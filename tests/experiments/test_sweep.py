@@ -11,7 +11,7 @@ import sys
 import ml_collections
 import pytest
 
-from experiments import record, sweep
+from experiments import record, stamp, sweep
 from experiments import study as studies
 from longjax.training.settings import make_settings
 from tests.training.helpers import write_text
@@ -247,6 +247,9 @@ def test_two_workers_on_one_core(folder, tmp_path):
   assert best['value'] == min(float(r['value']) for r in rows if r['value'])
   study = json.loads((workdir / 'study.json').read_text())
   assert study['best'] == best and '--parallel=2' in study['command']
+  # What every trial ran at, beside the report's own stamp.
+  [begun] = stamp.read_starts(workdir)
+  assert begun['command'] == study['command']
 
   summary = '{study.json/best/value:.3f} bits/char'
   folder = tmp_path / '2026-11-21_s'
