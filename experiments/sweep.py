@@ -236,7 +236,6 @@ def run_workers(count: int, workdir: pathlib.Path, study, say) -> list[str]:
         [*command, f'--worker={worker}'],
         stdout=logs[-1],
         stderr=subprocess.STDOUT,
-        cwd=stamp.ROOT,
       )
     )
 

@@ -181,9 +181,12 @@ def choice(line: Line, fields: Fields) -> Choice:
 
 
 def read(
-  path, parse: Callable, fields: Fields
+  path, parse: Callable, fields: Fields, repeated: list[str]
 ) -> Iterator[tuple[str, Example]]:
   """(where it stands, the example) of each line of a file.
+
+  A line without an id that is there again is the same example, and given once;
+  `repeated` gets where the others stand.
 
   Raises:
     FileNotFoundError, ValueError: no such file, or a line that is not as it
@@ -193,6 +196,9 @@ def read(
   for where, record in jsonl.read(path):
     example = parse(Line(where, record), fields)
     if example.id in seen:
+      if fields.id not in record:
+        repeated.append(where)
+        continue
       raise ValueError(
         f'{where}: the id {example.id!r} is that of {seen[example.id]}, too'
       )
@@ -205,8 +211,8 @@ def splits(
   parse: Callable,
   fields: Fields,
   held_out: tuple[float, float],
-) -> dict[str, list[tuple[str, Example]]]:
-  """The examples of training, validation and test.
+) -> tuple[dict[str, list[tuple[str, Example]]], list[str]]:
+  """The examples of training, validation and test; `repeated` of `read`.
 
   Args:
     paths: file of each split, '' for none; there must be one for 'train'.
@@ -228,16 +234,16 @@ def splits(
     0.0 if paths[name] else share
     for name, share in zip(SPLITS[1:], held_out, strict=True)
   )
-  found = {name: [] for name in SPLITS}
-  for where, example in read(paths['train'], parse, fields):
+  found, repeated = {name: [] for name in SPLITS}, []
+  for where, example in read(paths['train'], parse, fields, repeated):
     found[split_of(example.id, shares)].append((where, example))
   for name in SPLITS[1:]:
     if paths[name]:
-      found[name] = list(read(paths[name], parse, fields))
+      found[name] = list(read(paths[name], parse, fields, repeated))
   for name, examples in found.items():
     if not examples:
       raise ValueError(
         f'the split {name} has no example: give config.data.{name}, or a '
         f'larger config.data.held_out than {tuple(held_out)}'
       )
-  return found
+  return found, repeated

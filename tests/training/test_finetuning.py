@@ -322,6 +322,18 @@ def test_bad_lines_by_number(tmp_path, task, values, message):
     examine(config, tmp_path / 'run')
 
 
+def test_a_line_without_an_id_that_is_there_again_is_one_example(tmp_path):
+  config = tiny(tmp_path, 'sequence_classification')
+  path = tmp_path / 'train.jsonl'
+  lines = path.read_text().splitlines()
+  again = json.loads(lines[0])
+  del again['id']
+  path.write_text('\n'.join([*lines, *[json.dumps(again)] * 3]))
+  task = examine(config, tmp_path / 'run')
+  assert sum(map(len, task.examples.values())) == 120 + 21 + 1
+  assert task.description.endswith('; 2 lines that are there twice, once')
+
+
 def test_other_mistakes(tmp_path):
   task = 'sequence_classification'
   config = tiny(tmp_path, task)

@@ -97,7 +97,7 @@ class FineTuning(encoders.EncoderTask):
   def __init__(self, settings: Settings, workdir=None):
     super().__init__(settings, workdir)
     where = settings.data
-    self.examples = examples_lib.splits(
+    self.examples, repeated = examples_lib.splits(
       {name: getattr(where, name) for name in examples_lib.SPLITS},
       type(self).parse,
       where.fields,
@@ -106,6 +106,8 @@ class FineTuning(encoders.EncoderTask):
     self.title = pathlib.Path(where.train).name
     counts = ', '.join(f'{len(x)} {name}' for name, x in self.examples.items())
     self.description = f'{self.title}: {counts}'
+    if repeated:
+      self.description += f'; {len(repeated)} lines that are there twice, once'
     self.tokenizer = encoders.find_tokenizer(
       where.tokenizer,
       settings,
