@@ -132,6 +132,23 @@ def gather(x):
   return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
+def deal(x):
+  """Of [batch, few, ...] that all devices of a sequence have, each its share.
+
+  As `gather` puts them together again, but with zeros at the end where the
+  devices do not divide `few`.
+  """
+  axis = sequence_axis()
+  if axis is None:
+    return x
+  devices = jax.lax.axis_size(axis)
+  share = -(-x.shape[1] // devices)
+  missing = share * devices - x.shape[1]
+  x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+  first = jax.lax.axis_index(axis) * share
+  return jax.lax.dynamic_slice_in_dim(x, first, share, axis=1)
+
+
 def any_in_sequence(flags):
   """Of bools, whether they are True on any device of the sequence."""
   axis = sequence_axis()

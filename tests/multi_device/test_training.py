@@ -18,6 +18,8 @@ from longjax.training.devices import Devices
 from longjax.training.loss import target_losses
 from longjax.training.optimizer import make_optimizer
 from longjax.training.state import make_train_step, split
+from longjax.training.tasks.masked_lm import masked_losses
+from tests.training import test_finetuning, test_masked_lm
 from tests.training.helpers import tiny, write_text
 
 BATCH, LENGTH, TARGET, VOCABULARY = 4, 32, 4, 17
@@ -95,10 +97,34 @@ def summaries(model, batch, key):
   return -(chosen[..., 0] * counts).sum() / jnp.maximum(total, 1), total
 
 
+def longformer():
+  return longjax.Longformer(
+    VOCABULARY,
+    1,
+    16,
+    2,
+    patterns=longjax.SlidingWindow(5, 5),
+    max_positions=LENGTH,
+    head='masked_lm',
+    max_globals=0,
+    **DROPOUT,
+    rngs=nnx.Rngs(0),
+  )
+
+
+def masked_words(model, batch, key):
+  losses = masked_losses(
+    model, batch['tokens'], batch['places'], batch['masked'], key
+  )
+  return losses.mean(), None
+
+
 def batch_of(names):
   draw = np.random.default_rng(0).integers
   tokens, targets = draw(3, VOCABULARY, (2, BATCH, LENGTH)).astype(np.int32)
   summary, labels = draw(3, VOCABULARY, (2, BATCH, TARGET)).astype(np.int32)
+  # As many as no number of devices divides.
+  places, masked = draw(3, VOCABULARY, (2, BATCH, 7)).astype(np.int32)
   # A shard of nothing but padding, which the model finds in the tokens.
   if 'summary' in names:
     tokens[1, 20:] = tokens[3, 5:] = 1
@@ -114,6 +140,12 @@ CASES = {
   'character LM': (character_lm, *LM, dict(micro_batches=2)),
   'LongNet': (long_net, *LM, {}),
   'LED': (led, summaries, ('tokens', 'summary', 'labels', 'mask'), {}),
+  'masked words': (
+    longformer,
+    masked_words,
+    ('tokens', 'places', 'masked'),
+    {},
+  ),
 }
 
 
@@ -213,26 +245,67 @@ def settings(tmp_path, **changes):
 @pytest.mark.full
 def test_a_run_on_a_mesh(tmp_path, monkeypatch):
   """From its config, with evaluation, and going on on fewer devices."""
-  results, every = [], jax.devices()
+  results = []
   for count, mesh in ((8, dict(data=2, seq=4)), (1, {})):
-    monkeypatch.setattr(jax, 'devices', lambda count=count: every[:count])
     config = settings(tmp_path, mesh=mesh, log_every=1)
-    folder = tmp_path / f'on_{count}'
-    results.append(training.train_and_evaluate(config, folder))
-    lines = (folder / 'metrics.jsonl').read_text().splitlines()
-    losses = [json.loads(line).get('train/loss') for line in lines]
-    results[-1]['losses'] = [x for x in losses if x is not None]
-  sharded, whole = results
+    results.append(run(config, tmp_path / f'on_{count}', count))
+  (sharded, losses), (whole, wanted) = results
   assert sharded['windows'] > 8
-  np.testing.assert_allclose(sharded['losses'], whole['losses'], rtol=1e-4)
-  assert len(whole['losses']) == 3
+  np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+  assert len(wanted) == 3
   assert sharded['bits_per_character'] == pytest.approx(
     whole['bits_per_character'], rel=1e-4
   )
-  again = training.evaluate(config, tmp_path / 'on_8')
+  every = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda: every[:1])
+  again = training.evaluate(config, tmp_path / 'on_8' / 'run')
   assert again['bits_per_character'] == pytest.approx(
     sharded['bits_per_character'], rel=1e-5
   )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  'task',
+  [
+    'masked_lm',
+    'sequence_classification',
+    'token_classification',
+    'question_answering',
+  ],
+)
+def test_encoders_on_a_mesh(task, tmp_path):
+  """From their configs: rows and sequences split, the same losses."""
+  results = []
+  for count, mesh in ((8, dict(data=2, seq=4)), (1, {})):
+    folder = tmp_path / f'on_{count}'
+    folder.mkdir()
+    if task == 'masked_lm':
+      config = test_masked_lm.tiny(write_text(folder / 'text.txt'))
+    else:
+      config = test_finetuning.tiny(folder, task)
+      config['data']['buckets'] = (32,)
+      config['stages'] = (config['stages'][0] | dict(steps=6),)
+    # The definition is for whole sequences.
+    config['model'] = config['model'] | dict(implementation=None)
+    config |= dict(mesh=mesh, log_every=1)
+    results.append(run(config, folder, count))
+  (sharded, losses), (whole, wanted) = results
+  assert len(wanted) == 6
+  np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+  name = 'bits_per_token' if task == 'masked_lm' else 'loss'
+  assert sharded[name] == pytest.approx(whole[name], rel=1e-3)
+
+
+def run(config, folder, count):
+  """(result, losses of the steps) on so many devices."""
+  every = jax.devices()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: every[:count])
+    result = training.train_and_evaluate(config, folder / 'run')
+  lines = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
+  losses = [json.loads(line).get('train/loss') for line in lines]
+  return result, [x for x in losses if x is not None]
 
 
 @pytest.mark.parametrize(

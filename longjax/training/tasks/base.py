@@ -86,10 +86,25 @@ class Task:
 
   def lengths(self) -> dict[str, int]:
     """Of all sequences that may be split, by the setting that says it."""
-    return {
+    lengths = {
       f'stage {number} length': stage['length']
       for number, stage in enumerate(self.settings.stages)
     }
+    longest = max(lengths.values(), default=0)
+    return lengths | {
+      f'config.data.buckets {length}': length
+      for length in getattr(self.settings.data, 'buckets', ())
+      if length < longest
+    }
+
+  def check_whole_rows(self) -> None:
+    """Raises ValueError where this process is to load parts of sequences."""
+    if self.place.parts > 1:
+      raise ValueError(
+        f'mesh axis seq goes over {self.place.parts} processes: '
+        f'{self.settings.task} splits sequences over the devices of one '
+        'process only'
+      )
 
   def loss(self, model: nnx.Module, batch, dropout_key) -> tuple:
     """(mean loss, weight) of a batch or of a part of one.

@@ -170,6 +170,7 @@ class FineTuning(encoders.EncoderTask):
     return self._encoded[split, length]
 
   def make_batches(self, stage: Stage, number: int) -> BucketedBatches:
+    self.check_whole_rows()
     encoded = self.encode_split('train', stage.length)
     encoded = [e for e in encoded if e.learned]
     if not encoded:

@@ -19,6 +19,7 @@ from jax.scipy.special import logsumexp
 from longjax.data import bpe
 from longjax.data.masking import MaskedBatches, Masking, evaluation_batches
 from longjax.nn.memory import in_pieces
+from longjax.sharding import shards
 from longjax.training import settings as settings_lib
 from longjax.training.forward import Apply
 from longjax.training.loss import LOGITS
@@ -83,6 +84,7 @@ class MaskedLM(encoders.EncoderTask):
 
   Settings = Settings
   head = 'masked_lm'
+  sequences = ('tokens',)
   scores = ('bits_per_token', 'bits_per_character')
   curves = ('bits_per_token',)
 
@@ -143,6 +145,7 @@ class MaskedLM(encoders.EncoderTask):
     return np.concatenate([np.asarray(x, np.int32) for x in encoded])
 
   def make_batches(self, stage: Stage, number: int) -> MaskedBatches:
+    self.check_whole_rows()
     if self._train is None:
       self._train = self.encode(self.corpus.train)
     return MaskedBatches(
@@ -238,12 +241,13 @@ class MaskedLM(encoders.EncoderTask):
 def masked_losses(model, tokens, places, targets, dropout_key=None):
   """Negative log-likelihood of what was masked, in nats.
 
-  Only the masked places are read out, some at a time where they are many.
+  Only the masked places are read out, some at a time where they are many; where
+  sequences are split, each device reads out its share of them.
 
   Args:
     model: a `Longformer` with the head 'masked_lm'.
-    tokens: int [batch, length].
-    places: int [batch, masked], of `tokens`.
+    tokens: int [batch, length], or a shard.
+    places: int [batch, masked], of the whole sequence.
     targets: int [batch, masked].
     dropout_key: turns dropout on.
 
@@ -251,7 +255,7 @@ def masked_losses(model, tokens, places, targets, dropout_key=None):
     float32 [batch, masked].
   """
   hidden = model.encode(tokens, dropout_key=dropout_key)
-  hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+  hidden = shards.deal(shards.rows_at(hidden, places))
   size = max(1, LOGITS // (model.vocab_size * len(tokens)))
 
   def losses(hidden, targets):
@@ -259,7 +263,8 @@ def masked_losses(model, tokens, places, targets, dropout_key=None):
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logsumexp(logits, axis=-1) - chosen
 
-  return in_pieces(losses, size, hidden, targets)
+  found = in_pieces(losses, size, hidden, shards.deal(targets))
+  return shards.gather(found)[:, : targets.shape[1]]
 
 
 def _pieces(text: bytes):

@@ -11,6 +11,7 @@ from jax.scipy.special import logsumexp
 from longjax.data import examples
 from longjax.data.examples import Question
 from longjax.evaluation.labels import answers
+from longjax.sharding import shards
 from longjax.training import settings as settings_lib
 from longjax.training.tasks import finetuning
 from longjax.training.tasks.finetuning import Encoded, FineTuning
@@ -49,6 +50,7 @@ class QuestionAnswering(FineTuning):
   Settings = Settings
   parse = staticmethod(examples.question)
   head = 'question_answering'
+  sequences = ('tokens',)
   scores = ('f1', 'exact_match', 'loss')
   curves = ('loss', 'f1')
 
@@ -113,10 +115,12 @@ class QuestionAnswering(FineTuning):
 
   def outputs(self, model: nnx.Module, batch: Mapping, dropout_key=None):
     tokens, spans = batch['tokens'], batch['spans']
-    real = tokens != self.special['<pad>']
+    # A number for each token: all devices of a sequence may have them all.
+    real = shards.gather(tokens != self.special['<pad>'])
     there = spans[:, 0, 0] >= 0
     losses, outputs = 0.0, []
     for end, logits in enumerate(model(tokens, dropout_key=dropout_key)):
+      logits = shards.gather(logits)
       # Rows of padding keep theirs: of nothing there is no logsumexp.
       logits = jnp.where(real | ~there[:, None], logits, -jnp.inf)
       right = spans[:, :, end]

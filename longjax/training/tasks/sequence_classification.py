@@ -24,6 +24,7 @@ class SequenceClassification(FineTuning):
 
   parse = staticmethod(examples.classified)
   head = 'sequence_classification'
+  sequences = ('tokens',)
   scores = ('accuracy', 'f1', 'loss')
   curves = ('loss', 'accuracy')
 

@@ -215,11 +215,7 @@ class Summarization(Task):
     Raises:
       ValueError: sequences are to be split over processes.
     """
-    if self.place.parts > 1:
-      raise ValueError(
-        f'mesh axis seq goes over {self.place.parts} processes: articles are '
-        'split over the devices of one process only'
-      )
+    self.check_whole_rows()
     objective = stage.objective or 'summary'
     target_length = stage.target_length or self.settings.target_length
     train = self.prepared.train
@@ -248,13 +244,6 @@ class Summarization(Task):
         target_length,
       ],
     )
-
-  def lengths(self) -> dict[str, int]:
-    longest = max(super().lengths().values(), default=0)
-    shorter = [n for n in self.settings.data.buckets if n < longest]
-    return super().lengths() | {
-      f'config.data.buckets {length}': length for length in shorter
-    }
 
   def _batches(self, pairs, length, target_length, *, rows=False, **options):
     def make(numbers, bucket):

@@ -27,6 +27,7 @@ class TokenClassification(FineTuning):
 
   parse = staticmethod(examples.tagged)
   head = 'token_classification'
+  sequences = ('tokens', 'labels')
   scores = ('f1', 'accuracy', 'loss')
   curves = ('loss', 'f1')
 
