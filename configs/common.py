@@ -6,7 +6,7 @@ import math
 import ml_collections
 
 from longjax import training
-from longjax.models import decoder
+from longjax.models import char_lm
 
 
 def make_config(task: str = 'language_modelling') -> ml_collections.ConfigDict:
@@ -162,7 +162,7 @@ def longformer_config(arg, *, data: str) -> ml_collections.ConfigDict:
     )
   else:
     num_layers = 30 if arg.large else 12
-    preset = decoder.char_lm_large if arg.large else decoder.char_lm_small
+    preset = char_lm.char_lm_large if arg.large else char_lm.char_lm_small
     config.model = preset(dtype='bfloat16', remat=True)
     del config.model.vocab_size  # the text's own
     config.data.vocab = 'compact' if data == 'enwik8' else 'letters'

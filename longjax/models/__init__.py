@@ -1,6 +1,7 @@
 """Models: stacks of `longjax.nn` layers."""
 
-from longjax.models.decoder import DecoderLM, char_lm_large, char_lm_small
+from longjax.models.char_lm import char_lm_large, char_lm_small
+from longjax.models.decoder import DecoderLM
 from longjax.models.encoder import Encoder
 from longjax.models.led import LED
 from longjax.models.llama import gptj, llama, mpt

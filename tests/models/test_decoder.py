@@ -16,7 +16,7 @@ from longjax import (
   RoPE,
   SlidingWindow,
 )
-from longjax.models.decoder import char_lm_large, char_lm_small
+from longjax.models.char_lm import char_lm_large, char_lm_small
 from longjax.nn import embedding
 from longjax.ops import dropout
 
