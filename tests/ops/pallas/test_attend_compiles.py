@@ -44,14 +44,7 @@ def layer(implementation, pattern):
   return both
 
 
-# Two minutes of the TPU's compiler for so many kernels; and a dilation
-# differs from a window by a view of its rows only.
-_MANY, _DILATION = (
-  pytest.param(name, marks=pytest.mark.full) for name in ('LongNet', 'dilation')
-)
-
-
-@pytest.mark.parametrize('name', ['window', _DILATION, 'Lambda', 'LongNet'])
+@pytest.mark.parametrize('name', PATTERNS)
 def test_a_layer_of_131072_tokens_on_gpu(name):
   pattern, kernels, ceiling, _ = PATTERNS[name]
   program = compiling.gpu(layer('mosaic_gpu', pattern), *inputs())
@@ -60,7 +53,11 @@ def test_a_layer_of_131072_tokens_on_gpu(name):
   assert len(program.kernels) <= kernels
 
 
-@pytest.mark.parametrize('name', ['window', _DILATION, 'Lambda', _MANY])
+# Two minutes of the TPU's compiler for so many kernels.
+_LONG = pytest.param('LongNet', marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize('name', ['window', 'dilation', 'Lambda', _LONG])
 def test_a_layer_of_131072_tokens_on_tpu(name):
   pattern, _, _, ceiling = PATTERNS[name]
   program = compiling.tpu('v5e', layer('mosaic_tpu', pattern), *inputs())
