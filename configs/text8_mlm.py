@@ -31,8 +31,9 @@ writes a record of the table's rows. One run by itself:
 | ,runlocal  | half a minute on two cores, on Python's own source: a test   |
 
 Expected: the order of the paper's rows. Ours, on a prefix of text8 and so
-comparable with nothing else: experiments/records, 'text8_mlm'; not run by us
-yet.
+comparable with nothing else: 2.001 bits for the short model, 3.745 with random
+positions, 2.029 with tiled ones; trained on 3.632 and 1.969; with positions
+alone trained 2.023 (experiments/records, 'text8_mlm').
 """
 
 from configs import common
