@@ -17,19 +17,11 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 
 import numpy as np
 
 from experiments import stamp
-from experiments.benchmarks.turns import (
-  ROOT,
-  Worker,
-  find,
-  table,
-  take_turns,
-  timing,
-)
+from experiments.benchmarks import turns
 
 MODES = ('forward', 'forward+backward')
 HF, LONGJAX, FULL = 'Hugging Face', 'longjax', 'full attention'
@@ -60,8 +52,8 @@ class Benchmark:
 
   def start(self, who):
     if who == HF:
-      return Worker('hf_longformer_worker.py', self._hf_python)
-    return Worker('longjax_worker.py', self._python)
+      return turns.Worker('hf_longformer_worker.py', self._hf_python)
+    return turns.Worker('longjax_worker.py', self._python)
 
   def spec(self, who, length, mode):
     spec = self._spec | {'length': length, 'mode': mode}
@@ -98,11 +90,7 @@ def compare(expected, actual):
     if name != 'output':
       tolerance, unit = GRADIENT_TOLERANCE, units[kind(name)]
     difference = float(np.abs(actual[name] - want).max() / unit)
-    if not difference <= tolerance:
-      raise RuntimeError(
-        f'{name} differs by {difference:.2g} between the implementations, '
-        f'allowed is {tolerance:.2g}: nothing was timed'
-      )
+    turns.check_difference(name, difference, tolerance)
     differences[name] = difference
   return differences
 
@@ -110,29 +98,17 @@ def compare(expected, actual):
 def check_numerics(benchmark, length):
   """Compares output and gradients of longjax with Hugging Face's."""
   results = {}
-  with tempfile.TemporaryDirectory() as folder:
-    for who in (HF, LONGJAX):
-      path = os.path.join(folder, f'{who}.npz')
-      with benchmark.start(who) as worker:
-        worker('setup', **benchmark.spec(who, length, 'forward+backward'))
-        worker('save', path=path)
-      with np.load(path) as file:
-        results[who] = dict(file)
+  for who in (HF, LONGJAX):
+    with benchmark.start(who) as worker:
+      spec = benchmark.spec(who, length, 'forward+backward')
+      results[who] = turns.saved(worker, **spec)
   return compare(results[HF], results[LONGJAX])
 
 
 def measure_memory(benchmark, who, length, mode):
-  """Peak bytes of a fresh process that computes two steps."""
   with benchmark.start(who) as worker:
-    worker('setup', **benchmark.spec(who, length, mode))
-    worker('run')
-    return {
-      'who': who,
-      'length': length,
-      'mode': mode,
-      'peak_bytes': worker('memory')['peak_bytes'],
-      'after_imports_bytes': worker.ready['peak_bytes'],
-    }
+    found = turns.peak_memory(worker, **benchmark.spec(who, length, mode))
+  return {'who': who, 'length': length, 'mode': mode, **found}
 
 
 def measure_times(benchmark, lengths, repeats):
@@ -148,8 +124,10 @@ def measure_times(benchmark, lengths, repeats):
           worker = hf if who == HF else own
           worker('setup', who, **benchmark.spec(who, length, mode))
           runs[who] = lambda worker=worker, who=who: worker('run', who)
-        for who, answers in take_turns(runs, repeats).items():
-          timings.append(timing(answers, who=who, length=length, mode=mode))
+        for who, answers in turns.take_turns(runs, repeats).items():
+          timings.append(
+            turns.timing(answers, who=who, length=length, mode=mode)
+          )
           (hf if who == HF else own)('drop', who)
     return timings, hf.ready['versions'] | own.ready['versions']
 
@@ -160,10 +138,10 @@ def judge(record):
   ratios = []
 
   def seconds(who, length, mode):
-    return find(record['timings'], 'median_seconds', who, length, mode)
+    return turns.find(record['timings'], 'median_seconds', who, length, mode)
 
   def peak(who, length, mode):
-    return find(record['memory'], 'peak_bytes', who, length, mode)
+    return turns.find(record['memory'], 'peak_bytes', who, length, mode)
 
   def add(name, ratio, target, holds):
     ratios.append(
@@ -204,12 +182,14 @@ def report(record):
     ('peak memory (MB)', 'memory', 'peak_bytes', 1e-6, (HF, LONGJAX, FULL)),
   ):
     for who in group:
-      cells = [find(record[records], value, who, *column) for column in columns]
+      cells = [
+        turns.find(record[records], value, who, *column) for column in columns
+      ]
       rows.append(
         [f'{who}, {name}']
         + ['-' if cell is None else f'{scale * cell:.1f}' for cell in cells]
       )
-  lines = table(rows)
+  lines = turns.table(rows)
   imports = {
     entry['who']: entry['after_imports_bytes'] for entry in record['memory']
   }
@@ -218,30 +198,19 @@ def report(record):
     + ', '.join(f'{who} {1e-6 * n:.0f} MB' for who, n in imports.items())
     + '; "-": too large for this machine)'
   )
-  for ratio in record['ratios']:
-    verdict = 'holds' if ratio['holds'] else 'FAILS'
-    lines.append(
-      f'{ratio["name"]}: {ratio["ratio"]:.2f} ({ratio["target"]}: {verdict})'
-    )
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *turns.verdicts(record['ratios'])])
 
 
 def parse(arguments):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--out', help='JSON file to write; none by default')
   parser.add_argument(
-    '--hf_python',
-    type=pathlib.Path,
-    default=ROOT / '.venv-goldens' / 'bin' / 'python',
-    help='Python with torch and transformers',
+    '--out', type=pathlib.Path, help='JSON file to write; none by default'
   )
-  parser.add_argument(
-    '--python',
-    type=pathlib.Path,
-    default=pathlib.Path(sys.executable),
-    help="Python with longjax's libraries; where JAX's CUDA plugin is also "
+  turns.add_pythons(
+    parser,
+    "Python with longjax's libraries; where JAX's CUDA plugin is also "
     'installed, as for the tests, it alone takes 86 MB of memory',
   )
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 16384])
@@ -252,13 +221,7 @@ def parse(arguments):
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(arguments)
-  if not args.hf_python.exists():
-    parser.error(
-      f'no Python with transformers at {args.hf_python}: run `make goldens`, '
-      'or give --hf_python'
-    )
-  if not args.python.exists():
-    parser.error(f'--python {args.python}: no such file')
+  turns.check_paths(parser, args)
   for length in args.lengths:
     if length % (2 * args.side):
       parser.error(
@@ -268,8 +231,6 @@ def parse(arguments):
   cores = len(os.sched_getaffinity(0))
   if not 1 <= args.threads <= cores:
     parser.error(f'--threads {args.threads}: this machine has {cores} cores')
-  if args.out and not pathlib.Path(args.out).resolve().parent.is_dir():
-    parser.error(f'--out {args.out}: no such folder')
   return args
 
 
@@ -325,7 +286,7 @@ def main(arguments=None):
   record['ratios'] = judge(record)
   print(report(record))
   if args.out:
-    pathlib.Path(args.out).write_text(json.dumps(record, indent=2) + '\n')
+    args.out.write_text(json.dumps(record, indent=2) + '\n')
     print(f'written to {args.out}')
 
 

@@ -12,7 +12,6 @@ Processes, turns and memory as in cpu_attention.py. Linux only.
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -20,14 +19,7 @@ import tempfile
 import numpy as np
 
 from experiments import stamp
-from experiments.benchmarks.turns import (
-  ROOT,
-  Worker,
-  find,
-  table,
-  take_turns,
-  timing,
-)
+from experiments.benchmarks import turns
 
 HF, LONGJAX = 'Hugging Face', 'longjax'
 MODES = ('forward', 'training step')
@@ -62,8 +54,8 @@ class Benchmark:
 
   def start(self, who):
     if who == HF:
-      return Worker('hf_models_worker.py', self._hf_python)
-    return Worker('longjax_models_worker.py', self._python)
+      return turns.Worker('hf_models_worker.py', self._hf_python)
+    return turns.Worker('longjax_models_worker.py', self._python)
 
   def spec(self, case, mode):
     model, layers, length = case
@@ -93,11 +85,7 @@ def compare(expected, actual):
     unit = max(np.abs(want).max(), 1e-30)
     difference = float(np.abs(got - want).max() / unit)
     tolerance = TOLERANCES[name]
-    if not difference <= tolerance:
-      raise RuntimeError(
-        f'{name} differs by {difference:.2g} between the implementations, '
-        f'allowed is {tolerance:.2g}: nothing was timed'
-      )
+    turns.check_difference(name, difference, tolerance)
     differences[name] = difference
   return differences
 
@@ -105,32 +93,20 @@ def compare(expected, actual):
 def check_numerics(benchmark, case):
   """Compares what both compute of one case."""
   found = {}
-  with tempfile.TemporaryDirectory() as folder:
-    for mode in MODES:
-      results = {}
-      for who in (HF, LONGJAX):
-        path = os.path.join(folder, f'{who}.npz')
-        with benchmark.start(who) as worker:
-          worker('setup', **benchmark.spec(case, mode), check=True)
-          worker('save', path=path)
-        with np.load(path) as file:
-          results[who] = dict(file)
-      found |= compare(results[HF], results[LONGJAX])
+  for mode in MODES:
+    results = {}
+    for who in (HF, LONGJAX):
+      with benchmark.start(who) as worker:
+        spec = benchmark.spec(case, mode)
+        results[who] = turns.saved(worker, **spec, check=True)
+    found |= compare(results[HF], results[LONGJAX])
   return found
 
 
 def measure_memory(benchmark, who, case, mode):
-  """Peak bytes of a fresh process that computes two steps."""
   with benchmark.start(who) as worker:
-    worker('setup', **benchmark.spec(case, mode))
-    worker('run')
-    return {
-      'who': who,
-      'case': list(case),
-      'mode': mode,
-      'peak_bytes': worker('memory')['peak_bytes'],
-      'after_imports_bytes': worker.ready['peak_bytes'],
-    }
+    found = turns.peak_memory(worker, **benchmark.spec(case, mode))
+  return {'who': who, 'case': list(case), 'mode': mode, **found}
 
 
 def measure_times(benchmark, cases, repeats):
@@ -146,8 +122,10 @@ def measure_times(benchmark, cases, repeats):
           who: lambda worker=worker: worker('run')
           for who, worker in workers.items()
         }
-        for who, answers in take_turns(runs, repeats).items():
-          timings.append(timing(answers, who=who, case=list(case), mode=mode))
+        for who, answers in turns.take_turns(runs, repeats).items():
+          timings.append(
+            turns.timing(answers, who=who, case=list(case), mode=mode)
+          )
         versions = hf.ready['versions'] | own.ready['versions']
   return timings, versions
 
@@ -162,7 +140,8 @@ def judge(record):
         ('peak memory', 'memory', 'peak_bytes'),
       ):
         theirs, ours = (
-          find(record[records], value, who, case, mode) for who in (HF, LONGJAX)
+          turns.find(record[records], value, who, case, mode)
+          for who in (HF, LONGJAX)
         )
         if what == 'time':
           name, ratio = f'{HF} / {LONGJAX}', theirs / ours
@@ -196,16 +175,13 @@ def report(record):
     ('peak memory (MB)', 'memory', 'peak_bytes', 1e-6),
   ):
     for who in (HF, LONGJAX):
-      cells = [find(record[records], value, who, *column) for column in columns]
+      cells = [
+        turns.find(record[records], value, who, *column) for column in columns
+      ]
       rows.append([f'{who}, {name}', *(f'{scale * x:.2f}' for x in cells)])
   # A case a line: they are too many for columns.
-  lines = table([list(row) for row in zip(*rows, strict=True)])
-  for ratio in record['ratios']:
-    verdict = 'holds' if ratio['holds'] else 'FAILS'
-    lines.append(
-      f'{ratio["name"]}: {ratio["ratio"]:.2f} ({ratio["target"]}: {verdict})'
-    )
-  return '\n'.join(lines)
+  lines = turns.table([list(row) for row in zip(*rows, strict=True)])
+  return '\n'.join([*lines, *turns.verdicts(record['ratios'])])
 
 
 def parse_case(text):
@@ -235,33 +211,14 @@ def parse(arguments):
   )
   add = parser.add_argument
   add('--out', type=pathlib.Path, help='JSON file to write; none by default')
-  add(
-    '--hf_python',
-    type=pathlib.Path,
-    default=ROOT / '.venv-goldens' / 'bin' / 'python',
-    help='Python with torch and transformers',
-  )
-  add(
-    '--python',
-    type=pathlib.Path,
-    default=pathlib.Path(sys.executable),
-    help="Python with longjax's libraries and safetensors",
-  )
+  turns.add_pythons(parser, "Python with longjax's libraries and safetensors")
   add('--cases', type=parse_case, nargs='+', default=list(CASES))
   add('--repeats', type=int, default=5)
   add('--seed', type=int, default=0)
   args = parser.parse_args(arguments)
-  if not args.hf_python.exists():
-    parser.error(
-      f'no Python with transformers at {args.hf_python}: run `make goldens`, '
-      'or give --hf_python'
-    )
-  if not args.python.exists():
-    parser.error(f'--python {args.python}: no such file')
+  turns.check_paths(parser, args)
   if args.repeats < 1:
     parser.error(f'--repeats must be at least 1, got {args.repeats}')
-  if args.out and not args.out.resolve().parent.is_dir():
-    parser.error(f'--out {args.out}: no such folder')
   return args
 
 

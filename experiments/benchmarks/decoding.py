@@ -27,7 +27,7 @@ import tempfile
 import numpy as np
 
 from experiments import stamp
-from experiments.benchmarks import cpu_attention
+from experiments.benchmarks import turns
 
 BOUNDED, WHOLE = 'LM-Infinite', 'whole cache'
 TOLERANCE = 1e-4  # of the largest logit
@@ -46,7 +46,7 @@ class Benchmark:
     self.window, self._start = window, start
 
   def start(self):
-    return cpu_attention.Worker('decoding_worker.py', sys.executable)
+    return turns.Worker('decoding_worker.py', sys.executable)
 
   def spec(self, who, length, check=False):
     window = self.window if who == BOUNDED else None
@@ -112,7 +112,7 @@ def measure_times(benchmark, lengths, repeats, tokens):
       for who in (BOUNDED, WHOLE):
         worker('setup', who, **benchmark.spec(who, length))
         runs[who] = lambda who=who: worker('run', who)
-      for who, answers in cpu_attention.take_turns(runs, repeats).items():
+      for who, answers in turns.take_turns(runs, repeats).items():
         timings.append(timing(who, length, tokens, answers))
         worker('drop', who)
     return timings, worker.ready['versions']

@@ -5,6 +5,10 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
+import tempfile
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
@@ -52,6 +56,35 @@ class Worker:
     self._process.stdin.close()
     self._process.wait()
     self._process.stdout.close()
+
+
+def saved(worker: Worker, **spec) -> dict[str, np.ndarray]:
+  """What a worker computes of a case, in whose `with` this is called."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, 'results.npz')
+    worker('setup', **spec)
+    worker('save', path=path)
+    with np.load(path) as file:
+      return dict(file)
+
+
+def check_difference(name, difference, tolerance):
+  """Raises RuntimeError unless it is allowed; NaN is not."""
+  if not difference <= tolerance:
+    raise RuntimeError(
+      f'{name} differs by {difference:.2g} between the implementations, '
+      f'allowed is {tolerance:.2g}: nothing was timed'
+    )
+
+
+def peak_memory(worker: Worker, **spec) -> dict[str, int]:
+  """Bytes of a fresh process that computes two steps of a case."""
+  worker('setup', **spec)
+  worker('run')
+  return {
+    'peak_bytes': worker('memory')['peak_bytes'],
+    'after_imports_bytes': worker.ready['peak_bytes'],
+  }
 
 
 def take_turns(runs, repeats):
@@ -102,3 +135,41 @@ def table(rows):
     )
     for row in rows
   ]
+
+
+def verdicts(ratios):
+  """A line for each ratio: what it is, what it should be, whether it is."""
+  return [
+    f'{ratio["name"]}: {ratio["ratio"]:.2f} ({ratio["target"]}: '
+    f'{"holds" if ratio["holds"] else "FAILS"})'
+    for ratio in ratios
+  ]
+
+
+def add_pythons(parser, help_of_ours):
+  """Flags --hf_python and --python of an argparse parser."""
+  parser.add_argument(
+    '--hf_python',
+    type=pathlib.Path,
+    default=ROOT / '.venv-goldens' / 'bin' / 'python',
+    help='Python with torch and transformers',
+  )
+  parser.add_argument(
+    '--python',
+    type=pathlib.Path,
+    default=pathlib.Path(sys.executable),
+    help=help_of_ours,
+  )
+
+
+def check_paths(parser, args):
+  """Ends with the parser's error where a Python or --out's folder is not."""
+  if not args.hf_python.exists():
+    parser.error(
+      f'no Python with transformers at {args.hf_python}: run `make goldens`, '
+      'or give --hf_python'
+    )
+  if not args.python.exists():
+    parser.error(f'--python {args.python}: no such file')
+  if args.out and not args.out.resolve().parent.is_dir():
+    parser.error(f'--out {args.out}: no such folder')

@@ -9,7 +9,7 @@ import pytest
 from experiments.benchmarks import cpu_attention, turns
 from experiments.benchmarks.worker import PROJECTIONS, make_inputs
 
-HF_PYTHON = cpu_attention.ROOT / '.venv-goldens' / 'bin' / 'python'
+HF_PYTHON = turns.ROOT / '.venv-goldens' / 'bin' / 'python'
 LENGTH, HEADS, HEAD_DIM, SIDE = 32, 2, 4, 4
 
 
