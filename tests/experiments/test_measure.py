@@ -171,8 +171,9 @@ def test_blocks_know_nothing_of_each_other(pretrained, tmp_path):
     block = texts[:, start : start + TRAINED + 1]
     logp = jax.nn.log_softmax(model(block[:, :-1]))
     wanted = -np.take_along_axis(np.asarray(logp), block[:, 1:, None], -1)
+    # Of a model with large weights: losses up to 20, and rounding as large.
     np.testing.assert_allclose(
-      got[:, start : start + TRAINED], wanted[..., 0], atol=1e-4
+      got[:, start : start + TRAINED], wanted[..., 0], rtol=1e-4, atol=1e-4
     )
 
 
