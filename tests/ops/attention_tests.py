@@ -115,14 +115,11 @@ CASES = {
 # Of these, what interpreters compute by default, in seconds each; kernels have
 # tests of their own.
 INTERPRETED = (
-  'length 1',
   'length 128',
-  'dilation, ragged',
   'packed, soft cap',
   'start and global keys',
   'segments, detached',
   'positions of each row',
-  'few queries, many keys',
 )
 
 # What an implementation may refuse, by name: as in CASES.
