@@ -57,6 +57,10 @@ def _cell(value):
   return value if isinstance(value, int | float | str) else str(value)
 
 
+def _complete(study) -> list[FrozenTrial]:
+  return [t for t in studies.trials_of(study) if t.state == TrialState.COMPLETE]
+
+
 def _evaluator(done: int):
   """PED-ANOVA, of what sets the best tenth apart, or the best five trials."""
   share = min(max(0.1, 5 / done), 0.5)
@@ -71,7 +75,7 @@ def summary(study) -> dict:
   counts = {}
   for row in rows(study):
     counts[row['state']] = counts.get(row['state'], 0) + 1
-  done = [t for t in studies.trials_of(study) if t.state == TrialState.COMPLETE]
+  done = _complete(study)
   values = {
     **plan,
     'space': {k: json.loads(v) for k, v in plan['space'].items()},
@@ -119,9 +123,7 @@ def _draw(study, values, folder):
   from matplotlib import pyplot
   from optuna.visualization import matplotlib as pictures
 
-  complete = [
-    t for t in studies.trials_of(study) if t.state == TrialState.COMPLETE
-  ]
+  complete = _complete(study)
   if len(complete) < 2:
     return
   name = values['metric'].replace('_', ' ')

@@ -47,7 +47,7 @@ if importlib.util.find_spec('hypothesis'):
   hypothesis.settings.load_profile('repeatable')
 
 # What tracing leaves in caches is much, and all of it stays: looking through it
-# for garbage every 700 new objects is a tenth of a test's time.
+# for garbage every 700 new objects takes up to a tenth of a test's time.
 gc.set_threshold(100_000, 20, 20)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -100,8 +100,8 @@ def check_numerics(benchmark, length):
   results = {}
   for who in (HF, LONGJAX):
     with benchmark.start(who) as worker:
-      spec = benchmark.spec(who, length, 'forward+backward')
-      results[who] = turns.saved(worker, **spec)
+      worker('setup', **benchmark.spec(who, length, 'forward+backward'))
+      results[who] = turns.saved(worker)
   return compare(results[HF], results[LONGJAX])
 
 

@@ -97,8 +97,8 @@ def check_numerics(benchmark, case):
     results = {}
     for who in (HF, LONGJAX):
       with benchmark.start(who) as worker:
-        spec = benchmark.spec(case, mode)
-        results[who] = turns.saved(worker, **spec, check=True)
+        worker('setup', **benchmark.spec(case, mode), check=True)
+        results[who] = turns.saved(worker)
     found |= compare(results[HF], results[LONGJAX])
   return found
 

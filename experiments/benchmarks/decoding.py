@@ -22,7 +22,6 @@ import os
 import pathlib
 import statistics
 import sys
-import tempfile
 
 import numpy as np
 
@@ -58,14 +57,6 @@ class Benchmark:
     }
 
 
-def saved(worker, who):
-  with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, 'results.npz')
-    worker('save', who, path=path)
-    with np.load(path) as file:
-      return dict(file)
-
-
 def difference(logits, wanted):
   """Of the largest logit; RuntimeError above the tolerance."""
   found = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
@@ -83,7 +74,7 @@ def check_numerics(benchmark, length):
   with benchmark.start() as worker:
     for who in (BOUNDED, WHOLE):
       worker('setup', who, **benchmark.spec(who, length, check=True))
-      found[who] = difference(**saved(worker, who))
+      found[who] = difference(**turns.saved(worker, who))
       worker('drop', who)
   return found
 
@@ -91,16 +82,9 @@ def check_numerics(benchmark, length):
 def measure_memory(benchmark, who, length):
   """Peak bytes of a fresh process that decodes after `length` tokens."""
   with benchmark.start() as worker:
-    worker('setup', who, **benchmark.spec(who, length))
-    worker('run', who)
-    peak = worker('memory')['peak_bytes']
-    return {
-      'who': who,
-      'length': length,
-      'peak_bytes': peak,
-      'after_imports_bytes': worker.ready['peak_bytes'],
-      'cache_bytes': int(saved(worker, who)['cache_bytes']),
-    }
+    peak = turns.peak_memory(worker, who, **benchmark.spec(who, length))
+    cache = int(turns.saved(worker, who)['cache_bytes'])
+  return {'who': who, 'length': length, **peak, 'cache_bytes': cache}
 
 
 def measure_times(benchmark, lengths, repeats, tokens):
@@ -120,11 +104,8 @@ def measure_times(benchmark, lengths, repeats, tokens):
 
 def timing(who, length, tokens, answers):
   """A record of the answers to some runs: seconds for each token."""
-  record = {'who': who, 'length': length}
-  for key in ('seconds', 'cpu_seconds'):
-    record[key] = [answer[key] / tokens for answer in answers]
-    record[f'median_{key}'] = statistics.median(record[key])
-  return record
+  answers = [{k: v / tokens for k, v in answer.items()} for answer in answers]
+  return turns.timing(answers, who=who, length=length)
 
 
 def column(records, value, who):

@@ -58,12 +58,11 @@ class Worker:
     self._process.stdout.close()
 
 
-def saved(worker: Worker, **spec) -> dict[str, np.ndarray]:
-  """What a worker computes of a case, in whose `with` this is called."""
+def saved(worker: Worker, name='case') -> dict[str, np.ndarray]:
+  """What a worker computes of a case that it has set up."""
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'results.npz')
-    worker('setup', **spec)
-    worker('save', path=path)
+    worker('save', name, path=path)
     with np.load(path) as file:
       return dict(file)
 
@@ -77,10 +76,10 @@ def check_difference(name, difference, tolerance):
     )
 
 
-def peak_memory(worker: Worker, **spec) -> dict[str, int]:
+def peak_memory(worker: Worker, name='case', **spec) -> dict[str, int]:
   """Bytes of a fresh process that computes two steps of a case."""
-  worker('setup', **spec)
-  worker('run')
+  worker('setup', name, **spec)
+  worker('run', name)
   return {
     'peak_bytes': worker('memory')['peak_bytes'],
     'after_imports_bytes': worker.ready['peak_bytes'],

@@ -27,14 +27,15 @@ LOADERS = ('grain', 'numpy')
 _log = logging.getLogger(__name__)
 
 
-def check_share(batch_size, process_index, process_count, seed, loader):
-  """Raises ValueError unless batches can be shared so among processes."""
-  for name, value in {
-    'batch_size': batch_size,
-    'process_count': process_count,
-  }.items():
+def _check_positive(**numbers):
+  for name, value in numbers.items():
     if operator.index(value) < 1:
       raise ValueError(f'{name}={value} must be at least 1')
+
+
+def check_share(batch_size, process_index, process_count, seed, loader):
+  """Raises ValueError unless batches can be shared so among processes."""
+  _check_positive(batch_size=batch_size, process_count=process_count)
   if batch_size % process_count:
     raise ValueError(
       f'batch_size={batch_size} does not divide over {process_count} processes'
@@ -125,12 +126,7 @@ class Batches(Resumable):
         'tokens must be a one-dimensional array of integers, not'
         f' {tokens.dtype}{list(tokens.shape)}'
       )
-    for name, value in {
-      'length': length,
-      'parts': parts,
-    }.items():
-      if operator.index(value) < 1:
-        raise ValueError(f'{name}={value} must be at least 1')
+    _check_positive(length=length, parts=parts)
     check_share(batch_size, process_index, process_count, seed, loader)
     if length % parts or not 0 <= part < parts:
       raise ValueError(

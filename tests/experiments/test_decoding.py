@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.benchmarks import decoding
+from experiments.benchmarks import decoding, turns
 from experiments.benchmarks.decoding import BOUNDED, WHOLE
 
 SIZES = {
@@ -31,14 +31,14 @@ def test_workers():
   with benchmark.start() as worker:
     for who, slots in ((BOUNDED, WINDOW + START), (WHOLE, 30 + TOKENS)):
       worker('setup', who, **benchmark.spec(who, 30, check=True))
-      found = decoding.saved(worker, who)
+      found = turns.saved(worker, who)
       assert found['logits'].shape == (1, TOKENS, 19)
       assert decoding.difference(**found) < 1e-5
       logits[who] = found['logits']
       worker('setup', who, **benchmark.spec(who, 30))
       assert worker('run', who).keys() == {'seconds', 'cpu_seconds'}
       # Keys and values of one head of four, positions; the row's length.
-      size = int(decoding.saved(worker, who)['cache_bytes'])
+      size = int(turns.saved(worker, who)['cache_bytes'])
       assert size == 4 * (slots * (2 * 4 + 1) + 1)
     assert worker('memory')['peak_bytes'] > worker.ready['peak_bytes'] > 1e7
   assert np.abs(logits[BOUNDED] - logits[WHOLE]).max() > 1e-3
